@@ -1,0 +1,5 @@
+"""Second-order optimizers for PyTorch, with curvature from tensor networks."""
+
+from tn_kfac.optim import SINGD
+
+__all__ = ["SINGD"]

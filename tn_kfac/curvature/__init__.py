@@ -1,0 +1,6 @@
+"""Curvature captured in the backward pass."""
+
+from tn_kfac.curvature.statistics import Factors, Recipe, statistics
+from tn_kfac.curvature.tap import ForwardScope, LayerTap
+
+__all__ = ["Factors", "ForwardScope", "LayerTap", "Recipe", "statistics"]

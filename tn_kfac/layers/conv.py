@@ -1,0 +1,74 @@
+"""Convolutions with all hyper-parameters: one exact pair of factors per channel group."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import chain
+from math import prod
+
+import torch
+from torch import Tensor, nn
+
+from tn_kfac.layers.base import Layer, layer_of
+from tn_kfac.tensor_network.convolution import Convolution, Padding, convolution
+from tn_kfac.tensor_network.network import Network, operand
+from tn_kfac.tensor_network.rows import Rows
+
+
+@dataclass(frozen=True)
+class ConvLayer(Layer):
+    """A convolution. Rows of the input are its unfolded patches, per group."""
+
+    kernel_size: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: Padding
+    dilation: tuple[int, ...]
+    padding_mode: str
+
+    def prepare_input(self, x: Tensor) -> Tensor:
+        x = self.prepare_gradient(x)
+        if self.padding_mode == "zeros":
+            return x
+        return nn.functional.pad(x, self._pad_widths(x.shape), mode=self.padding_mode)
+
+    def prepare_gradient(self, gradient: Tensor) -> Tensor:
+        return gradient if gradient.dim() > len(self.kernel_size) + 1 else gradient[None]
+
+    def _pad_widths(self, shape: torch.Size) -> list[int]:
+        """The widths that `nn.functional.pad` takes: last dimension first."""
+        dims = self._convolution(shape, self.padding).spatial
+        return list(chain.from_iterable(axis.padding for axis in reversed(dims)))
+
+    def _convolution(self, shape: Sequence[int], padding: Padding) -> Convolution:
+        arguments = (self.stride, padding, self.dilation, self.groups)
+        return convolution(tuple(shape), self.kernel_size, *arguments)
+
+    def input_rows(self, shape: torch.Size) -> Rows:
+        padding = self.padding if self.padding_mode == "zeros" else 0
+        conv = self._convolution(shape, padding)
+        feature = ("c", *conv.names("k"))
+        return Rows(conv.unfolded_input(), ("n",), conv.names("o"), ("g",), feature)
+
+    def gradient_rows(self, shape: torch.Size) -> Rows:
+        batch, _, *spatial = shape
+        axes = tuple(f"o{dim + 1}" for dim in range(len(spatial)))
+        sizes = {"n": batch, "g": self.groups, "f": self.features_out}
+        sizes |= dict(zip(axes, spatial, strict=True))
+        output = (("n",), *((axis,) for axis in axes), ("g",), ("f",))
+        network = Network.build([operand("v", "n", ("g", "f"), *axes)], output, sizes)
+        return Rows(network, ("n",), axes, ("g",), ("f",))
+
+
+@layer_of.register
+def _(module: nn.Conv2d) -> Layer:
+    return ConvLayer(
+        groups=module.groups,
+        features_in=module.in_channels // module.groups * prod(module.kernel_size),
+        features_out=module.out_channels // module.groups,
+        kernel_size=module.kernel_size,
+        stride=module.stride,
+        padding=module.padding,
+        dilation=module.dilation,
+        padding_mode=module.padding_mode,
+    )

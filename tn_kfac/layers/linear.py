@@ -1,0 +1,51 @@
+"""Linear layers with any number of shared dimensions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+
+from tn_kfac.layers.base import Layer, layer_of
+from tn_kfac.tensor_network.network import Network, operand
+from tn_kfac.tensor_network.rows import Rows
+
+
+@dataclass(frozen=True)
+class LinearLayer(Layer):
+    """y[n, s…, :] = W x[n, s…, :]; every dimension between first and last is shared."""
+
+    def prepare_input(self, x: Tensor) -> Tensor:
+        return x if x.dim() > 1 else x[None]
+
+    def prepare_gradient(self, gradient: Tensor) -> Tensor:
+        return self.prepare_input(gradient)
+
+    def input_rows(self, shape: torch.Size) -> Rows:
+        return _rows("x", shape)
+
+    def gradient_rows(self, shape: torch.Size) -> Rows:
+        return _rows("v", shape)
+
+
+def _rows(name: str, shape: torch.Size) -> Rows:
+    """The last dimension as rows, in one group."""
+    batch, *shared, features = shape
+    axes = tuple(f"s{dim + 1}" for dim in range(len(shared)))
+    node = operand(name, "n", *axes, ("g", "f"))
+    sizes = {"n": batch, "g": 1, "f": features} | dict(zip(axes, shared, strict=True))
+    output = (("n",), *((axis,) for axis in axes), ("g",), ("f",))
+    return Rows(Network.build([node], output, sizes), ("n",), axes, ("g",), ("f",))
+
+
+@layer_of.register
+def _(module: nn.Linear) -> Layer:
+    return LinearLayer(1, module.in_features, module.out_features)
+
+
+@layer_of.register
+def _(module: NonDynamicallyQuantizableLinear) -> None:
+    """The out-projection of MultiheadAttention: it is never called, so no hook fires."""
+    return None

@@ -1,0 +1,253 @@
+"""What all Kronecker-factored optimizers share: groups, capture, the step, the state.
+
+A subclass says how the factors of one layer are updated and how they precondition; see
+`KroneckerOptimizer`.
+"""
+
+from __future__ import annotations
+
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from tn_kfac.curvature import Factors, ForwardScope, Recipe
+from tn_kfac.optim import checkpoint, checks
+from tn_kfac.optim.binding import Binding, bind, find_sites
+from tn_kfac.optim.groups import (
+    COMMON_KEYS,
+    Group,
+    as_groups,
+    check_entries,
+    entries_of,
+    split,
+    untrained,
+    warn_untrained,
+)
+from tn_kfac.optim.rules import FALLBACKS, sgd
+
+
+class KroneckerOptimizer(Optimizer, ABC):
+    """A torch optimizer that preconditions layers with Kronecker factors.
+
+    Every parameter group holds either parameters of layers with factors
+    (`group["rule"]` is the class's `rule`) or parameters that follow a fallback rule
+    (`group["rule"]` is its name). A group that a user gives is split into the two.
+    """
+
+    rule: ClassVar[str]
+    option_checks: ClassVar[dict[str, checks.Check]]
+    _step_supports_amp_scaling = True  # torch's name: GradScaler hands over its scale
+
+    def __init__(
+        self, model: nn.Module, params: Any, options: Group, warn_unsupported: bool
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+        checks.flag("warn_unsupported", warn_unsupported)
+        self._model = model
+        self._options = self._checked(options)
+        self._bindings: list[Binding] = []
+        self._handles: list[RemovableHandle] = []
+        self._scope = ForwardScope([])
+        self._ready = False
+        sites, refused = find_sites(model)
+        self._sites = {p: site for site in sites for p in site.parameters}
+        groups = as_groups(model.parameters() if params is None else params)
+        super().__init__(groups, {key: options[key] for key in COMMON_KEYS})
+        self._attach()
+        self._handles += self._scope.attach(model)
+        self._ready = True
+        if warn_unsupported:
+            self._warn(refused, groups if params is None else None)
+
+    @abstractmethod
+    def _new_state(
+        self, recipe: Recipe, dtypes: tuple[torch.dtype, torch.dtype], device: torch.device
+    ) -> dict[str, Tensor]:
+        """Fresh factors of a layer."""
+
+    @abstractmethod
+    def _update_factors(
+        self, state: dict[str, Any], factors: Factors, recipe: Recipe, group: Group
+    ) -> None:
+        """Update a layer's factors, in its state, from new curvature."""
+
+    @abstractmethod
+    def _precondition(self, state: dict[str, Any], matrix: Tensor, recipe: Recipe) -> Tensor:
+        """The preconditioned joint gradient, (groups, d_out, d_in [+1])."""
+
+    def _checked(self, options: Group) -> Group:
+        """Options after their checks, with structures and dtypes as pairs."""
+        checks.check(options, checks.COMMON | self.option_checks)
+        return options | {
+            "structure": checks.structure_pair(options["structure"]),
+            "preconditioner_dtype": checks.dtype_pair(options["preconditioner_dtype"]),
+        }
+
+    def _warn(self, refused: list[str], groups: list[Group] | None) -> None:
+        if refused:
+            warnings.warn(f"trained without Kronecker factors: {'; '.join(refused)}", stacklevel=4)
+        if groups is not None:
+            names = untrained(self.param_groups, self._model.named_parameters())
+            if names:
+                warn_untrained(names)
+
+    def add_param_group(self, param_group: Group) -> None:
+        """Add parameters of the model, split by whether Kronecker factors serve them.
+
+        Raises:
+            TypeError: If the group or an entry has the wrong type.
+            ValueError: If an option is out of range, a parameter is not in the model, is
+                there twice, or its layer's other parameter was added before.
+        """
+        if not isinstance(param_group, dict):
+            raise TypeError(f"param_group must be a dict, got {type(param_group).__name__}")
+        given = param_group | {"params": entries_of(param_group["params"])}
+        present = {p for group in self.param_groups for p in group["params"]}
+        check_entries(given["params"], set(self._model.parameters()), present)
+        options = self._checked(self._options | {k: v for k, v in given.items() if k != "params"})
+        options = {key: options[key] for key in self._options}
+        for group in split(given, options, self._sites, self.rule):
+            super().add_param_group(group)
+        if self._ready:
+            self._attach()
+
+    def _attach(self) -> None:
+        """Bind and hook the layers of all parameters that joined since the last call."""
+        where = {p: group for group in self.param_groups for p in group["params"]}
+        new = bind(self._sites, where, self._bindings, self.rule, tuple(self.option_checks))
+        for binding in new:
+            self._handles += binding.attach()
+        self._bindings += new
+        self._scope.taps += [binding.tap for binding in new]
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear gradients, and with them the curvature they came with."""
+        super().zero_grad(set_to_none)
+        for binding in self._bindings:
+            binding.tap.clear()
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """Update factors and parameters; returns the closure's loss, if there is one.
+
+        Raises:
+            RuntimeError: If a GradScaler has already unscaled the gradients.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        scale = self._loss_scale()
+        if scale is None or not self.found_inf.item():
+            groups = {p: group for group in self.param_groups for p in group["params"]}
+            directions: dict[Tensor, Tensor] = {}
+            for binding in self._bindings:
+                group = groups[binding.parameters[0]]
+                directions |= self._layer_directions(binding, group, scale)
+            for group in self.param_groups:
+                self._write(group, directions)
+        for binding in self._bindings:
+            binding.tap.clear()
+        return loss
+
+    def _loss_scale(self) -> Tensor | None:
+        """The scale of a GradScaler that calls this step, after unscaling the gradients."""
+        if not hasattr(self, "found_inf"):
+            return None
+        scale: Tensor | None = getattr(self, "grad_scale", None)
+        if scale is None:
+            raise RuntimeError(
+                "scaler.unscale_(optimizer) hides the loss scale, which the curvature needs too: "
+                "drop that call (and clip with a scaled threshold), or use bfloat16 autocast, "
+                "which needs no GradScaler"
+            )
+        gradients = [p.grad for group in self.param_groups for p in group["params"]]
+        torch._foreach_div_([g for g in gradients if g is not None], scale)
+        return scale
+
+    def _layer_directions(
+        self, binding: Binding, group: Group, scale: Tensor | None
+    ) -> dict[Tensor, Tensor]:
+        """Preconditioned gradients of one layer's parameters, after a factor update."""
+        matrix = binding.gradient_matrix()
+        if matrix is None:
+            return {}
+        state, recipe = self.state[binding.parameters[0]], binding.tap.recipe
+        if "step" not in state:
+            state |= {"step": 0} | self._new_state(recipe, binding.dtypes, matrix.device)
+        factors = binding.tap.factors() if state["step"] % group["T"] == 0 else None
+        if factors is not None:
+            if scale is not None:
+                factors = Factors(factors.A, factors.G / scale**2)
+            self._update_factors(state, factors, recipe, group)
+        state["step"] += 1
+        binding.tap.enabled = state["step"] % group["T"] == 0
+        return binding.directions(self._precondition(state, matrix, recipe))
+
+    def _write(self, group: Group, directions: dict[Tensor, Tensor]) -> None:
+        """Step the parameters of a group along directions, or along gradients."""
+        factored = group["rule"] == self.rule
+        along = {
+            p: directions.get(p) if factored else p.grad
+            for p in group["params"]
+            if p.grad is not None
+        }
+        along = {p: d for p, d in along.items() if d is not None}
+        if along:
+            rule = sgd if factored else FALLBACKS[group["rule"]]
+            rule(list(along), list(along.values()), [self.state[p] for p in along], group)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state as plain tensors and numbers, none of them shared with the optimizer.
+
+        Callables among the hyper-parameters (a scheduled `lr_cov`) are not stored.
+        """
+        return checkpoint.detached(super().state_dict())
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore a state; factors keep the dtype that they were saved in.
+
+        Raises:
+            ValueError: If the state belongs to another model or other structures; nothing
+                is changed then.
+        """
+        checkpoint.check_compatible(state_dict, self.param_groups, self._expected_shapes())
+        callables = [{k: v for k, v in g.items() if callable(v)} for g in self.param_groups]
+        super().load_state_dict(checkpoint.detached(state_dict))
+        checkpoint.restore_dtypes(state_dict, self.param_groups, self.state)
+        for group, kept in zip(self.param_groups, callables, strict=True):
+            group |= {key: value for key, value in kept.items() if group.get(key) is None}
+        groups = {p: group for group in self.param_groups for p in group["params"]}
+        for binding in self._bindings:
+            owner = binding.parameters[0]
+            binding.tap.enabled = self.state[owner].get("step", 0) % groups[owner]["T"] == 0
+
+    def _expected_shapes(self) -> dict[Tensor, dict[str, torch.Size]]:
+        """Shapes of the factors of each layer, by the parameter that owns them."""
+        meta = torch.device("meta")
+        return {
+            b.parameters[0]: {
+                key: value.shape
+                for key, value in self._new_state(b.tap.recipe, b.dtypes, meta).items()
+            }
+            for b in self._bindings
+        }
+
+    def close(self) -> None:
+        """Remove every hook from the model; the optimizer must not be used afterwards."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def __enter__(self) -> KroneckerOptimizer:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()

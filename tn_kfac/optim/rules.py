@@ -1,0 +1,76 @@
+"""First-order rules: how a direction changes parameters, in a few multi-tensor launches.
+
+The Kronecker-factored optimizers write their preconditioned gradients with `sgd`;
+parameters without factors follow the fallback rule. Both are torch's own kernels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, MutableMapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.adamw import adamw as torch_adamw
+from torch.optim.sgd import sgd as torch_sgd
+
+State = MutableMapping[str, Any]
+Rule = Callable[[Sequence[Tensor], Sequence[Tensor], Sequence[State], dict[str, Any]], None]
+
+
+def sgd(
+    params: Sequence[Tensor],
+    directions: Sequence[Tensor],
+    states: Sequence[State],
+    group: dict[str, Any],
+) -> None:
+    """b ← momentum · b + direction + weight_decay · p;  p ← p − lr · b."""
+    buffers = [state.get("momentum_buffer") for state in states]
+    torch_sgd(
+        list(params),
+        list(directions),
+        buffers,
+        has_sparse_grad=any(d.is_sparse for d in directions),
+        weight_decay=group["weight_decay"],
+        momentum=group["momentum"],
+        lr=group["lr"],
+        dampening=0.0,
+        nesterov=False,
+        maximize=False,
+    )
+    if group["momentum"]:
+        for state, buffer in zip(states, buffers, strict=True):
+            state["momentum_buffer"] = buffer
+
+
+def adamw(
+    params: Sequence[Tensor],
+    directions: Sequence[Tensor],
+    states: Sequence[State],
+    group: dict[str, Any],
+) -> None:
+    """AdamW with β₁ = momentum, β₂ = beta2 (https://arxiv.org/abs/1711.05101)."""
+    for param, state in zip(params, states, strict=True):
+        if "exp_avg" not in state:
+            state["step"] = torch.zeros((), dtype=torch.float32)
+            state["exp_avg"] = torch.zeros_like(param)
+            state["exp_avg_sq"] = torch.zeros_like(param)
+    torch_adamw(
+        list(params),
+        list(directions),
+        [state["exp_avg"] for state in states],
+        [state["exp_avg_sq"] for state in states],
+        [],
+        [state["step"] for state in states],
+        amsgrad=False,
+        beta1=group["momentum"],
+        beta2=group["beta2"],
+        lr=group["lr"],
+        weight_decay=group["weight_decay"],
+        eps=group["eps"],
+        maximize=False,
+    )
+
+
+FALLBACKS: dict[str, Rule] = {"sgd": sgd, "adamw": adamw}
+FALLBACK_EXTRAS: dict[str, dict[str, float]] = {"sgd": {}, "adamw": {"beta2": 0.999, "eps": 1e-8}}

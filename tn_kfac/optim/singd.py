@@ -1,0 +1,208 @@
+"""SINGD: structured inverse-free natural gradient descent."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from tn_kfac.curvature import Factors, Recipe
+from tn_kfac.optim import checks
+from tn_kfac.optim.base import KroneckerOptimizer
+from tn_kfac.structures import Structure
+
+StructureLike = str | Structure
+
+
+class Curvature(NamedTuple):
+    """One side's projected curvature H = Π(Kᵀ A K), factor K and Π(KᵀK) of dimension d."""
+
+    H: Tensor
+    K: Tensor
+    KtK: Tensor
+    dim: int
+    space: Structure
+
+    def mean_trace(self, matrix: Tensor) -> Tensor:
+        """tr(matrix) / d, one number per channel group."""
+        return self.space.trace(matrix) / self.dim
+
+
+def _measured(space: Structure, K: Tensor, statistic: Tensor, dim: int) -> Curvature:
+    return Curvature(space.congruence(K, statistic), K, space.gram(K), dim, space)
+
+
+def _riemannian_gradient(own: Curvature, other: Curvature, damping: float, ikfac: bool) -> Tensor:
+    """½ (τ(H_other) H_own + λ τ(Π KᵀK of the other) Π KᵀK − I); IKFAC sets both traces to 1."""
+    H, damped = own.H, own.KtK * damping
+    if not ikfac:
+        H = own.space.scale(H, other.mean_trace(other.H))
+        damped = own.space.scale(damped, other.mean_trace(other.KtK))
+    return own.space.add_to_diagonal_(H + damped, -1.0) * 0.5
+
+
+def update_factor(
+    own: Curvature, momentum: Tensor | None, gradient: Tensor, alpha: float, beta: float,
+    normalised: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(K, m): m ← α m + gradient, K ← K − β K m.
+
+    https://arxiv.org/abs/2312.05705, Figure 4. With `normalised`, the gradient carries a
+    factor 1 − α and β is divided by max(1, max|m|).
+    """
+    if normalised:
+        gradient = gradient * (1.0 - alpha)
+    m = gradient if momentum is None else gradient + momentum * alpha
+    step = own.space.product(own.K, m)
+    if normalised:
+        step = own.space.scale(step, own.space.largest(m).clamp(min=1.0).reciprocal())
+    return own.K - step * beta, m
+
+
+class SINGD(KroneckerOptimizer):
+    r"""Structured inverse-free natural gradient descent, with a fallback for all the rest.
+
+    The gradient G of each layer's weight (with its bias as an extra column) is replaced by
+    C Cᵀ G K Kᵀ, where K Kᵀ and C Cᵀ approximate the inverses of the layer's Kronecker
+    factors (empirical Fisher). K and C stay in a structured matrix space and are updated
+    without inversion (https://arxiv.org/abs/2312.05705, Figure 4); then weight decay and
+    heavy-ball momentum as in `torch.optim.SGD`. Grouped convolutions have one exact pair
+    of factors per channel group, each with its own traces.
+
+    Parameters without Kronecker factors (norm layers, embeddings, stray parameters) are
+    trained by `fallback`, in param groups of their own (`group["rule"]`).
+
+    Args:
+        model: The network that is trained.
+        params: Parameters, or groups of them, with options of their own; all parameters
+            of the model if None. Weight and bias of a layer may be in groups that differ
+            in lr, momentum and weight decay.
+        lr: Learning rate (β₂ in the paper).
+        momentum: Of the parameter update (α₂).
+        damping: λ, added to the curvature.
+        alpha1: Riemannian momentum of the factor updates (α₁); 0 if `kfac_like`.
+        weight_decay: γ, added to the preconditioned gradient as γ · parameter.
+        T: Steps between factor updates.
+        loss_average: What the loss averages over: "batch", "batch+sequence" (also over
+            shared positions: the tokens of a sequence) or None for a sum.
+        lr_cov: Step size of the factor updates (β₁), or a callable of the step.
+        structure: "diagonal" or "dense" for both factors, or a pair (input, output).
+        structures: The same under the name that the package `singd` uses.
+        kfac_approx: "expand" or "reduce" (https://arxiv.org/abs/2311.00636).
+        warn_unsupported: Whether to warn of parameters that are not trained, or that
+            share weights in a way without Kronecker factors.
+        kfac_like: IKFAC, whose K Kᵀ tracks the inverse of one damped factor alone.
+        preconditioner_dtype: Of K and C, or a pair; None means the parameter's dtype, but
+            at least float32.
+        init_grad_scale: Accepted for scripts written for `singd`; it has no effect, since
+            loss scaling is undone exactly.
+        normalize_lr_cov: Divide `lr_cov` by max(1, max|m|).
+        fallback: "sgd", "adamw", or None to leave these parameters untrained.
+        fallback_lr: Learning rate of the fallback; `lr` if None.
+        fallback_weight_decay: Weight decay of the fallback; `weight_decay` if None.
+
+    Raises:
+        ValueError: If an argument is out of range; nothing is hooked then.
+        TypeError: If an argument has the wrong type.
+    """
+
+    rule: ClassVar[str] = "singd"
+    option_checks: ClassVar[dict[str, checks.Check]] = {
+        "damping": checks.number,
+        "alpha1": lambda name, value: checks.number(name, value, below=1.0),
+        "T": checks.interval,
+        "lr_cov": checks.schedule,
+        "loss_average": lambda n, v: checks.one_of(n, v, (None, "batch", "batch+sequence")),
+        "structure": lambda name, value: checks.structure_pair(value) and None,
+        "kfac_approx": lambda n, v: checks.one_of(n, v, ("expand", "reduce")),
+        "kfac_like": checks.flag,
+        "normalize_lr_cov": checks.flag,
+        "preconditioner_dtype": lambda name, value: checks.dtype_pair(value) and None,
+    }
+
+    def __init__(
+        self,
+        model: nn.Module,
+        params: Any = None,
+        lr: float | Tensor = 1e-3,
+        momentum: float = 0.9,
+        damping: float = 1e-3,
+        alpha1: float = 0.5,
+        weight_decay: float = 0.0,
+        T: int = 10,
+        loss_average: Literal["batch", "batch+sequence"] | None = "batch",
+        lr_cov: float | Callable[[int], float] = 1e-2,
+        structure: StructureLike | tuple[StructureLike, StructureLike] | None = None,
+        kfac_approx: Literal["expand", "reduce"] = "expand",
+        warn_unsupported: bool = True,
+        kfac_like: bool = False,
+        preconditioner_dtype: Any = None,
+        init_grad_scale: float = 1.0,
+        normalize_lr_cov: bool = False,
+        *,
+        structures: tuple[StructureLike, StructureLike] | None = None,
+        fallback: Literal["sgd", "adamw"] | None = "sgd",
+        fallback_lr: float | None = None,
+        fallback_weight_decay: float | None = None,
+    ) -> None:
+        if structure is not None and structures is not None:
+            raise ValueError(f"structure={structure!r} and structures={structures!r}: give one")
+        checks.number("init_grad_scale", init_grad_scale)
+        options = {
+            "lr": lr,
+            "momentum": momentum,
+            "damping": damping,
+            "alpha1": alpha1,
+            "weight_decay": weight_decay,
+            "T": T,
+            "loss_average": loss_average,
+            "lr_cov": lr_cov,
+            "structure": structure or structures or "diagonal",
+            "kfac_approx": kfac_approx,
+            "kfac_like": kfac_like,
+            "preconditioner_dtype": preconditioner_dtype,
+            "normalize_lr_cov": normalize_lr_cov,
+            "fallback": fallback,
+            "fallback_lr": fallback_lr,
+            "fallback_weight_decay": fallback_weight_decay,
+        }
+        super().__init__(model, params, options, warn_unsupported)
+
+    def _new_state(
+        self, recipe: Recipe, dtypes: tuple[torch.dtype, torch.dtype], device: torch.device
+    ) -> dict[str, Tensor]:
+        groups = recipe.layer.groups
+        K = recipe.input_structure.eye(groups, recipe.dim_in, dtypes[0], device)
+        C = recipe.output_structure.eye(groups, recipe.dim_out, dtypes[1], device)
+        return {"K": K, "C": C, "m_K": torch.zeros_like(K), "m_C": torch.zeros_like(C)}
+
+    def _update_factors(
+        self, state: dict[str, Any], factors: Factors, recipe: Recipe, group: dict[str, Any]
+    ) -> None:
+        K, C = state["K"], state["C"]
+        A, G = factors.A.to(K.dtype), factors.G.to(C.dtype)
+        sides = {
+            "K": _measured(recipe.input_structure, K, A, recipe.dim_in),
+            "C": _measured(recipe.output_structure, C, G, recipe.dim_out),
+        }
+        ikfac = group["kfac_like"]
+        alpha = 0.0 if ikfac else group["alpha1"]
+        beta = group["lr_cov"](state["step"]) if callable(group["lr_cov"]) else group["lr_cov"]
+        for name, other in (("K", "C"), ("C", "K")):
+            own = sides[name]
+            gradient = _riemannian_gradient(own, sides[other], group["damping"], ikfac)
+            state[name], m = update_factor(
+                own, state.get(f"m_{name}"), gradient, alpha, beta, group["normalize_lr_cov"]
+            )
+            if alpha:
+                state[f"m_{name}"] = m
+
+    def _precondition(self, state: dict[str, Any], matrix: Tensor, recipe: Recipe) -> Tensor:
+        """C Cᵀ · matrix · K Kᵀ."""
+        K, C = state["K"], state["C"]
+        ins, outs = recipe.input_structure, recipe.output_structure
+        columns = matrix.mT.to(K.dtype)
+        matrix = ins.apply(K, ins.apply_transposed(K, columns)).mT.to(C.dtype)
+        return outs.apply(C, outs.apply_transposed(C, matrix))

@@ -1,0 +1,55 @@
+"""Diagonal matrices: coordinates are the diagonal."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from tn_kfac.structures.base import Structure
+
+
+@dataclass(frozen=True)
+class Diagonal(Structure):
+    """Diagonal d×d matrices; Π keeps the diagonal. Every operation costs O(d)."""
+
+    diagonal_suffices: ClassVar[bool] = True
+
+    @property
+    def name(self) -> str:
+        return "diagonal"
+
+    def coordinate_shape(self, dim: int) -> tuple[int, ...]:
+        return (dim,)
+
+    def eye(self, batch: int, dim: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        return torch.ones(batch, dim, dtype=dtype, device=device)
+
+    def trace(self, matrix: Tensor) -> Tensor:
+        return matrix.sum(-1)
+
+    def product(self, left: Tensor, right: Tensor) -> Tensor:
+        return left * right
+
+    def apply(self, matrix: Tensor, dense: Tensor) -> Tensor:
+        return matrix[..., None] * dense
+
+    def apply_transposed(self, matrix: Tensor, dense: Tensor) -> Tensor:
+        return self.apply(matrix, dense)
+
+    def congruence(self, matrix: Tensor, symmetric: Tensor) -> Tensor:
+        return matrix * symmetric * matrix
+
+    def gram(self, matrix: Tensor) -> Tensor:
+        return matrix * matrix
+
+    def add_to_diagonal_(self, matrix: Tensor, value: float) -> Tensor:
+        return matrix.add_(value)
+
+    def border(self, block: Tensor, column: Tensor | None, corner: Tensor) -> Tensor:
+        return torch.cat([block, corner[..., None]], dim=-1)
+
+    def to_dense(self, matrix: Tensor) -> Tensor:
+        return torch.diag_embed(matrix)

@@ -1,0 +1,139 @@
+"""Evaluation: (plan, tensors) -> tensor. The only symbolic-core file that knows torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import lru_cache, singledispatch
+from math import prod
+
+import torch
+from torch import Tensor
+
+from tn_kfac.tensor_network.network import Delta, Network, Node, Operand, Window
+from tn_kfac.tensor_network.pattern import Pattern
+from tn_kfac.tensor_network.plan import Plan, einsum_equation
+from tn_kfac.tensor_network.simplify import simplify
+
+
+def execute(plan: Plan, tensors: Mapping[str, Tensor]) -> Tensor:
+    """Contract a plan's network; `tensors` maps operand names to tensors.
+
+    All tensors share dtype and device; so does the result.
+    """
+    like = next(iter(tensors.values()))
+    values: list[Tensor | None] = [
+        materialise(leaf.node, leaf.shape, tensors, like) for leaf in plan.leaves
+    ]
+    for step in plan.steps:
+        values.append(contract(step.equation, [values[i] for i in step.inputs]))  # type: ignore[misc]
+        for number in step.frees:
+            values[number] = None
+    result = values[-1]
+    assert result is not None
+    result = result.reshape(plan.shape)
+    return result if plan.scale == 1.0 else result * plan.scale
+
+
+def contract(equation: str, terms: list[Tensor]) -> Tensor:
+    """One einsum step. A product without a matrix axis is cheaper elementwise."""
+    inputs, output = equation.split("->")
+    names = inputs.split(",")
+    if len(names) == 2 and names[0] == names[1] and len(set(names[0])) == len(names[0]):
+        product = terms[0] * terms[1]
+        summed = [dim for dim, axis in enumerate(names[0]) if axis not in output]
+        product = product.sum(summed) if summed else product
+        left = "".join(axis for axis in names[0] if axis in output)
+        return product.permute([left.index(axis) for axis in output])
+    return torch.einsum(equation, *terms)
+
+
+@singledispatch
+def materialise(
+    node: Node, shape: tuple[int, ...], tensors: Mapping[str, Tensor], like: Tensor
+) -> Tensor:
+    """The tensor of a node, of the given shape, with dtype and device of `like`."""
+    raise TypeError(f"no tensor is known for the node {node!r}")
+
+
+@materialise.register
+def _(node: Operand, shape: tuple[int, ...], tensors: Mapping[str, Tensor], like: Tensor) -> Tensor:
+    tensor = tensors[node.name]
+    dim = 0
+    for window in (window for leg in node.legs for window in leg.windows):
+        if window is not None:
+            tensor = _windows(tensor, dim, window)
+            dim += 1
+        dim += 1
+    return tensor.reshape(shape)
+
+
+@materialise.register
+def _(node: Delta, shape: tuple[int, ...], tensors: Mapping[str, Tensor], like: Tensor) -> Tensor:
+    return torch.eye(shape[0], dtype=like.dtype, device=like.device)
+
+
+@materialise.register
+def _(node: Pattern, shape: tuple[int, ...], tensors: Mapping[str, Tensor], like: Tensor) -> Tensor:
+    anonymous = node.renamed({axis: str(i) for i, axis in enumerate(node.axes)})
+    if torch.compiler.is_compiling():
+        return pattern_tensor(anonymous, like.dtype, like.device)
+    return _cached_pattern(anonymous, like.dtype, like.device)
+
+
+def _windows(tensor: Tensor, dim: int, window: Window) -> Tensor:
+    """The view of dimension `dim` as (outputs, kernels)."""
+    reach = window.dilation * (window.kernels - 1) + 1
+    view = tensor.unfold(dim, reach, window.stride).narrow(dim, 0, window.outputs)
+    return view[..., :: window.dilation].movedim(-1, dim + 1)
+
+
+def pattern_tensor(pattern: Pattern, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The tensor of an index pattern, axes (kernel, output, input) less the summed ones.
+
+    Exact for every size: indices are integers, and entries are counted, never
+    multiplied (TF32 would round sizes over 2048).
+    """
+    axis = pattern.axis
+    extents = (axis.kernel_size, axis.output_size, axis.input_size)
+    kernel = torch.arange(axis.kernel_size, device=device)[:, None]
+    output = torch.arange(axis.output_size, device=device)[None, :]
+    input = output * axis.stride + kernel * axis.dilation - axis.padding[0]
+    valid = (input >= 0) & (input < axis.input_size)
+    index = torch.zeros_like(input)
+    shape: list[int] = []
+    for leg, place, extent in zip(pattern.legs, (kernel, output, input), extents, strict=True):
+        if leg is not None:
+            index = index * extent + place
+            shape.append(extent)
+    tensor = torch.zeros(prod(shape), dtype=dtype, device=device)
+    index = torch.where(valid, index, 0).flatten()
+    return tensor.index_add_(0, index, valid.to(dtype).flatten()).reshape(shape)
+
+
+@lru_cache(maxsize=1024)
+def _cached_pattern(pattern: Pattern, dtype: torch.dtype, device: torch.device) -> Tensor:
+    with torch.inference_mode(False), torch.no_grad():
+        return pattern_tensor(pattern, dtype, device)
+
+
+def einsum_expression(
+    network: Network, tensors: Mapping[str, Tensor], simplified: bool = True
+) -> tuple[str, list[Tensor], tuple[int, ...]]:
+    """(equation, operands, shape): `torch.einsum(equation, *operands).reshape(shape)`.
+
+    The scale of the network becomes an operand without axes.
+    """
+    if simplified:
+        network = simplify(network)
+    like = next(iter(tensors.values()))
+    inputs, operands = [], []
+    for node in network.nodes:
+        inputs.append(node.axes)
+        shape = tuple(network.size[a] for a in node.axes)
+        operands.append(materialise(node, shape, tensors, like))
+    if network.scale != 1:
+        inputs.append(())
+        operands.append(torch.full((), float(network.scale), dtype=like.dtype, device=like.device))
+    return einsum_equation(inputs, network.output_axes), operands, network.shape
+
+

@@ -1,0 +1,84 @@
+"""Index patterns: how one spatial axis of a convolution connects its three indices.
+
+    Π[k, o, i] = 1  if  i = o·stride + k·dilation − padding,  else 0
+
+Two of the three indices determine the third. A pattern is a handful of integers
+until an einsum really needs its tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from tn_kfac.tensor_network.network import Axes, Node
+
+
+@dataclass(frozen=True)
+class SpatialAxis:
+    """Hyper-parameters of one spatial axis; `padding` is (left, right), in pixels."""
+
+    input_size: int
+    kernel_size: int
+    stride: int = 1
+    padding: tuple[int, int] = (0, 0)
+    dilation: int = 1
+
+    @property
+    def reach(self) -> int:
+        """Pixels from the first to the last that one window touches."""
+        return self.dilation * (self.kernel_size - 1) + 1
+
+    @property
+    def output_size(self) -> int:
+        """Number of windows (not positive if the kernel does not fit)."""
+        return (self.input_size + sum(self.padding) - self.reach) // self.stride + 1
+
+
+@dataclass(frozen=True)
+class Pattern(Node):
+    """The index pattern of a spatial axis. A leg that is None has been summed over."""
+
+    axis: SpatialAxis
+    kernel: str | None
+    output: str | None
+    input: str | None
+
+    @property
+    def legs(self) -> tuple[str | None, str | None, str | None]:
+        """The legs (kernel, output, input)."""
+        return (self.kernel, self.output, self.input)
+
+    @property
+    def axes(self) -> Axes:
+        return tuple(leg for leg in self.legs if leg is not None)
+
+    @property
+    def is_full(self) -> bool:
+        """Whether no leg has been summed over."""
+        return None not in self.legs
+
+    def renamed(self, names: Mapping[str, str]) -> Pattern:
+        kernel, output, input = (leg and names.get(leg, leg) for leg in self.legs)
+        return Pattern(self.axis, kernel, output, input)
+
+    def summed(self, axis: str) -> Pattern:
+        """The pattern summed over the leg called `axis`."""
+        kernel, output, input = (None if leg == axis else leg for leg in self.legs)
+        return replace(self, kernel=kernel, output=output, input=input)
+
+    def count(self) -> int:
+        """The sum of all entries: how many (window, offset) pairs meet a real pixel."""
+        a = self.axis
+        outputs = range(a.output_size)
+        return sum(
+            len(_within(range(-a.padding[0] + k * a.dilation, a.input_size, a.stride), outputs))
+            for k in range(a.kernel_size)
+        )
+
+
+def _within(positions: range, outputs: range) -> range:
+    """The part of `positions` (one per output) that is a pixel: not negative."""
+    taken = positions[: len(outputs)]
+    skipped = 0 if not taken or taken.start >= 0 else -(taken.start // taken.step)
+    return taken[skipped:]

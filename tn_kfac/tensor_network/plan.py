@@ -1,0 +1,169 @@
+"""Plans: in which order a network's tensors are contracted.
+
+A plan numbers its values: the leaves first, then one value per step. Equal values
+get one number, so a gram `half · half'` computes its half once. Plans are cached
+by network, and a network holds its sizes: the second call does no symbolic work.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import chain
+from math import prod
+from string import ascii_letters
+
+import opt_einsum
+
+from tn_kfac.tensor_network.network import Axes, Network, Node
+from tn_kfac.tensor_network.simplify import simplify
+
+EXHAUSTIVE_UP_TO = 8
+"""Networks of at most so many tensors get an optimal path, larger ones a greedy one."""
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """A node, with the sizes of its axes: what a tensor is made from."""
+
+    node: Node
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One contraction of numbered values; `frees` are not needed afterwards."""
+
+    inputs: tuple[int, ...]
+    equation: str
+    frees: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Leaves, steps on them, and how the last value becomes the result.
+
+    `flops` counts multiplications and additions, `peak` the elements of the largest
+    value that a step creates.
+    """
+
+    leaves: tuple[Leaf, ...]
+    steps: tuple[Step, ...]
+    shape: tuple[int, ...]
+    scale: float
+    flops: int
+    peak: int
+
+
+def einsum_equation(inputs: Sequence[Axes], output: Axes) -> str:
+    """The equation in letters, in order of first occurrence.
+
+    Raises:
+        ValueError: If there are more axes than the 52 letters that torch accepts.
+    """
+    names = list(dict.fromkeys(chain(*inputs, output)))
+    if len(names) > len(ascii_letters):
+        raise ValueError(
+            f"the network has {len(names)} axes, more than the {len(ascii_letters)} letters of an "
+            "einsum equation: evaluate it through a plan, or with simplify=True"
+        )
+    letter = dict(zip(names, ascii_letters, strict=False))
+    left = ",".join("".join(letter[a] for a in axes) for axes in inputs)
+    return f"{left}->{''.join(letter[a] for a in output)}"
+
+
+def contraction_path(inputs: Sequence[Axes], network: Network) -> list[tuple[int, ...]]:
+    """The order of pairwise contractions, as positions in a shrinking list (opt_einsum)."""
+    symbols = {axis: opt_einsum.get_symbol(i) for i, (axis, _) in enumerate(network.sizes)}
+    left = ",".join("".join(symbols[a] for a in axes) for axes in inputs)
+    equation = f"{left}->{''.join(symbols[a] for a in network.output_axes)}"
+    shapes = [tuple(network.size[a] for a in axes) for axes in inputs]
+    optimize = "optimal" if len(shapes) <= EXHAUSTIVE_UP_TO else "greedy"
+    path, _ = opt_einsum.contract_path(equation, *shapes, shapes=True, optimize=optimize)
+    return [tuple(positions) for positions in path]  # type: ignore[arg-type]
+
+
+class _Numbering:
+    """Builds a plan's values; a value that was built before keeps its number."""
+
+    def __init__(self, network: Network) -> None:
+        self.size = network.size
+        self.leaves: list[Leaf] = []
+        self.steps: list[Step] = []
+        self.numbers: dict[object, int] = {}
+        self.flops = 0
+        self.peak = 0
+
+    def leaf(self, node: Node) -> int:
+        shape = tuple(self.size[a] for a in node.axes)
+        key = _anonymous(node, shape)
+        if key not in self.numbers:
+            self.numbers[key] = len(self.leaves)
+            self.leaves.append(Leaf(node, shape))
+        return self.numbers[key]
+
+    def step(self, terms: list[tuple[int, Axes]], output: Axes) -> int:
+        terms = sorted(terms, key=lambda term: term[0])
+        inputs = tuple(number for number, _ in terms)
+        equation = einsum_equation([axes for _, axes in terms], output)
+        key = (inputs, equation)
+        if key not in self.numbers:
+            self.numbers[key] = len(self.leaves) + len(self.steps)
+            self.steps.append(Step(inputs, equation))
+            axes = set(chain(*(axes for _, axes in terms)))
+            self.flops += len(terms) * prod(self.size[a] for a in axes)
+            self.peak = max(self.peak, prod(self.size[a] for a in output))
+        return self.numbers[key]
+
+
+def _anonymous(node: Node, shape: tuple[int, ...]) -> object:
+    """What makes the tensors of two nodes equal: everything but the axes' names."""
+    first = {axis: str(i) for i, axis in enumerate(dict.fromkeys(node.axes))}
+    return node.renamed(first), shape
+
+
+@lru_cache(maxsize=4096)
+def plan(network: Network, simplified: bool = True) -> Plan:
+    """The plan of a network, simplified first unless told not to."""
+    if simplified:
+        network = simplify(network)
+    values = _Numbering(network)
+    numbers = [values.leaf(node) for node in network.nodes]
+    terms = [
+        _presummed(network, values, term)
+        for term in zip(numbers, (node.axes for node in network.nodes), strict=True)
+    ]
+    for positions in contraction_path([axes for _, axes in terms], network):
+        taken = [terms[p] for p in positions]
+        terms = [t for p, t in enumerate(terms) if p not in positions]
+        needed = set(chain(network.output_axes, *(axes for _, axes in terms)))
+        axes = dict.fromkeys(chain.from_iterable(axes for _, axes in taken))
+        output = tuple(a for a in axes if a in needed) if terms else network.output_axes
+        terms.append((values.step(taken, output), output))
+    shape = network.shape
+    steps = _with_frees(values.steps, len(values.leaves))
+    scale = float(network.scale)
+    return Plan(tuple(values.leaves), steps, shape, scale, values.flops, values.peak)
+
+
+def _presummed(
+    network: Network, values: _Numbering, term: tuple[int, Axes]
+) -> tuple[int, Axes]:
+    """A leaf, summed over the axes that nothing else has."""
+    number, axes = term
+    kept = tuple(a for a in axes if network.occurrences(a) > 1)
+    if kept == axes or (len(network.nodes) == 1 and set(kept) == set(network.output_axes)):
+        return number, axes
+    return values.step([(number, axes)], kept), kept
+
+
+def _with_frees(steps: list[Step], leaves: int) -> tuple[Step, ...]:
+    """Each step with the values whose last use it is."""
+    last = {number: at for at, step in enumerate(steps) for number in step.inputs}
+    frees = [tuple(n for n in dict.fromkeys(s.inputs) if last[n] == at) for at, s in enumerate(steps)]
+    return tuple(
+        Step(step.inputs, step.equation, free) for step, free in zip(steps, frees, strict=True)
+    )
+
+
