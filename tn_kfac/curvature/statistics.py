@@ -98,15 +98,16 @@ def _plans(recipe: Recipe, input_shape: torch.Size | None, gradient_shape: torch
     if input_shape is not None:
         inputs = recipe.layer.input_rows(input_shape)
         diagonal = recipe.input_structure.diagonal_suffices
-        factor = plan(inputs.factor(approx, mean=True, diagonal=diagonal))
+        tied = inputs.feature if diagonal else ()
+        factor = plan(inputs.factor(approx, mean=True, tied=tied))
         if recipe.has_bias and not diagonal:
             total = plan(inputs.total(approx, mean=True))
-    diagonal = recipe.output_structure.diagonal_suffices
+    tied = gradients.feature if recipe.output_structure.diagonal_suffices else ()
     every = gradients.samples * gradients.positions
     return _Plans(
         input_factor=factor,
         input_total=total,
-        gradient_factor=plan(gradients.factor(approx, diagonal=diagonal)),
+        gradient_factor=plan(gradients.factor(approx, tied=tied)),
         rows=every if approx == "expand" else gradients.samples,
         terms=every if recipe.loss_average == "batch+sequence" else gradients.samples,
     )

@@ -150,4 +150,4 @@ class InertHook:
     """What a hook becomes in a copied or unpickled model: nothing happens."""
 
     def __call__(self, *_: Any) -> None:
-        return None
+        """Do nothing."""

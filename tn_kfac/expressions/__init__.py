@@ -1,56 +1,77 @@
-"""Convolution operations as einsum expressions, derived from one tensor network.
+"""Convolution operations as einsum expressions, all derived from one tensor network.
 
-    equation, operands, shape = kfac_reduce.einsum_expression(x, kernel_size=3, padding=1)
-    factor = torch.einsum(equation, *operands).reshape(shape)
+>>> equation, operands, shape = kfac_reduce.einsum_expression(x, kernel_size=3, padding=1)
+>>> factor = torch.einsum(equation, *operands).reshape(shape)
+>>> factor = kfac_reduce(x, kernel_size=3, padding=1)  # the same, planned and cached
 """
 
-from fractions import Fraction
-from math import prod
-
-from tn_kfac.expressions.operations import InputOperation
-from tn_kfac.tensor_network.convolution import Convolution
-from tn_kfac.tensor_network.network import Network
-from tn_kfac.tensor_network.rows import Rows
-
-__all__ = ["kfac_expand", "kfac_reduce", "unfold_input"]
-
-
-def _rows(conv: Convolution) -> Rows:
-    return Rows(conv.unfolded_input(), ("n",), conv.names("o"), ("g",), ("c", *conv.names("k")))
-
-
-def _unfold_input(conv: Convolution) -> Network:
-    rows = ("g", "c", *conv.names("k"))
-    return conv.unfolded_input().arranged(("n",), rows, conv.names("o"))
-
-
-def _kfac_expand(conv: Convolution) -> Network:
-    return _rows(conv).factor("expand").scaled(Fraction(1, conv.batch))
-
-
-def _kfac_reduce(conv: Convolution) -> Network:
-    scale = Fraction(1, conv.batch * prod(conv.output_size) ** 2)
-    return _rows(conv).factor("reduce").scaled(scale)
-
-
-unfold_input = InputOperation(
-    _unfold_input,
-    "Unfolded input (im2col), shape (batch, channels·K, O). https://arxiv.org/abs/2307.02275",
+from tn_kfac.expressions.convolution import (
+    conv_forward,
+    conv_input_jvp,
+    conv_input_vjp,
+    conv_weight_jvp,
+    conv_weight_vjp,
+    conv_weight_vjp_per_example,
+    fold,
+    unfold_input,
+    unfold_kernel,
 )
-kfac_expand = InputOperation(
-    _kfac_expand,
-    """KFAC-expand input factor: Σ_{n,o} of outer products of unfolded inputs, over the batch size.
-
-    Shape (groups, channels/groups·K, channels/groups·K).
-    https://arxiv.org/abs/1602.01407, https://arxiv.org/abs/2311.00636 Equation 19.
-    """,
+from tn_kfac.expressions.ggn import ggn_diagonal, ggn_gram
+from tn_kfac.expressions.kfac import (
+    kfac_expand,
+    kfac_expand_block_diagonal,
+    kfac_expand_diagonal,
+    kfac_expand_gradient,
+    kfac_expand_transpose,
+    kfac_reduce,
+    kfac_reduce_block_diagonal,
+    kfac_reduce_diagonal,
+    kfac_reduce_gradient,
+    kfac_reduce_transpose,
 )
-kfac_reduce = InputOperation(
-    _kfac_reduce,
-    """KFAC-reduce input factor: mean over the batch of outer products of unfolded inputs
-    that were averaged over their positions.
-
-    Shape (groups, channels/groups·K, channels/groups·K).
-    https://arxiv.org/abs/2311.00636 Equation 21.
-    """,
+from tn_kfac.expressions.operation import Expression, Operation, operation
+from tn_kfac.expressions.randomized import (
+    RandomizedOperation,
+    randomized_input_vjp,
+    randomized_weight_vjp,
 )
+from tn_kfac.expressions.transposed import (
+    conv_transpose_forward,
+    conv_transpose_input_vjp,
+    conv_transpose_weight_vjp,
+    unfold_input_transpose,
+)
+
+__all__ = [
+    "Expression",
+    "Operation",
+    "RandomizedOperation",
+    "conv_forward",
+    "conv_input_jvp",
+    "conv_input_vjp",
+    "conv_transpose_forward",
+    "conv_transpose_input_vjp",
+    "conv_transpose_weight_vjp",
+    "conv_weight_jvp",
+    "conv_weight_vjp",
+    "conv_weight_vjp_per_example",
+    "fold",
+    "ggn_diagonal",
+    "ggn_gram",
+    "kfac_expand",
+    "kfac_expand_block_diagonal",
+    "kfac_expand_diagonal",
+    "kfac_expand_gradient",
+    "kfac_expand_transpose",
+    "kfac_reduce",
+    "kfac_reduce_block_diagonal",
+    "kfac_reduce_diagonal",
+    "kfac_reduce_gradient",
+    "kfac_reduce_transpose",
+    "operation",
+    "randomized_input_vjp",
+    "randomized_weight_vjp",
+    "unfold_input",
+    "unfold_input_transpose",
+    "unfold_kernel",
+]

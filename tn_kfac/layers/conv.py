@@ -12,8 +12,7 @@ from torch import Tensor, nn
 
 from tn_kfac.layers.base import Layer, layer_of
 from tn_kfac.tensor_network.convolution import Convolution, Padding, convolution
-from tn_kfac.tensor_network.network import Network, operand
-from tn_kfac.tensor_network.rows import Rows
+from tn_kfac.tensor_network.rows import Rows, channel_rows
 
 
 @dataclass(frozen=True)
@@ -46,18 +45,11 @@ class ConvLayer(Layer):
 
     def input_rows(self, shape: torch.Size) -> Rows:
         padding = self.padding if self.padding_mode == "zeros" else 0
-        conv = self._convolution(shape, padding)
-        feature = ("c", *conv.names("k"))
-        return Rows(conv.unfolded_input(), ("n",), conv.names("o"), ("g",), feature)
+        return self._convolution(shape, padding).rows()
 
     def gradient_rows(self, shape: torch.Size) -> Rows:
         batch, _, *spatial = shape
-        axes = tuple(f"o{dim + 1}" for dim in range(len(spatial)))
-        sizes = {"n": batch, "g": self.groups, "f": self.features_out}
-        sizes |= dict(zip(axes, spatial, strict=True))
-        output = (("n",), *((axis,) for axis in axes), ("g",), ("f",))
-        network = Network.build([operand("v", "n", ("g", "f"), *axes)], output, sizes)
-        return Rows(network, ("n",), axes, ("g",), ("f",))
+        return channel_rows("v", batch, self.groups, self.features_out, spatial)
 
 
 @layer_of.register

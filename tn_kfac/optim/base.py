@@ -145,7 +145,7 @@ class KroneckerOptimizer(Optimizer, ABC):
             with torch.enable_grad():
                 loss = closure()
         scale = self._loss_scale()
-        if scale is None or not self.found_inf.item():
+        if not self._found_inf():
             groups = {p: group for group in self.param_groups for p in group["params"]}
             directions: dict[Tensor, Tensor] = {}
             for binding in self._bindings:
@@ -159,7 +159,7 @@ class KroneckerOptimizer(Optimizer, ABC):
 
     def _loss_scale(self) -> Tensor | None:
         """The scale of a GradScaler that calls this step, after unscaling the gradients."""
-        if not hasattr(self, "found_inf"):
+        if getattr(self, "found_inf", None) is None:
             return None
         scale: Tensor | None = getattr(self, "grad_scale", None)
         if scale is None:
@@ -168,9 +168,16 @@ class KroneckerOptimizer(Optimizer, ABC):
                 "drop that call (and clip with a scaled threshold), or use bfloat16 autocast, "
                 "which needs no GradScaler"
             )
-        gradients = [p.grad for group in self.param_groups for p in group["params"]]
-        torch._foreach_div_([g for g in gradients if g is not None], scale)
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    parameter.grad.div_(scale)
         return scale
+
+    def _found_inf(self) -> bool:
+        """Whether a GradScaler that calls this step met a non-finite gradient."""
+        found = getattr(self, "found_inf", None)
+        return found is not None and bool(found)
 
     def _layer_directions(
         self, binding: Binding, group: Group, scale: Tensor | None

@@ -97,5 +97,3 @@ def check(options: Mapping[str, object], checks: Mapping[str, Check]) -> None:
     for name, test in checks.items():
         if name in options:
             test(name, options[name])
-
-

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from tn_kfac.curvature import Factors, Recipe
 from tn_kfac.optim import checks
 from tn_kfac.optim.base import KroneckerOptimizer
+from tn_kfac.optim.groups import Group
 from tn_kfac.structures import Structure
 
 StructureLike = str | Structure
@@ -179,7 +180,7 @@ class SINGD(KroneckerOptimizer):
         return {"K": K, "C": C, "m_K": torch.zeros_like(K), "m_C": torch.zeros_like(C)}
 
     def _update_factors(
-        self, state: dict[str, Any], factors: Factors, recipe: Recipe, group: dict[str, Any]
+        self, state: dict[str, Any], factors: Factors, recipe: Recipe, group: Group
     ) -> None:
         K, C = state["K"], state["C"]
         A, G = factors.A.to(K.dtype), factors.G.to(C.dtype)
@@ -189,7 +190,8 @@ class SINGD(KroneckerOptimizer):
         }
         ikfac = group["kfac_like"]
         alpha = 0.0 if ikfac else group["alpha1"]
-        beta = group["lr_cov"](state["step"]) if callable(group["lr_cov"]) else group["lr_cov"]
+        lr_cov: float | Callable[[int], float] = group["lr_cov"]
+        beta = lr_cov(state["step"]) if callable(lr_cov) else lr_cov
         for name, other in (("K", "C"), ("C", "K")):
             own = sides[name]
             gradient = _riemannian_gradient(own, sides[other], group["damping"], ikfac)

@@ -1,0 +1,1 @@
+"""Symbolic tensor networks: derived, simplified, planned; torch only to evaluate them."""

@@ -94,14 +94,13 @@ def pattern_tensor(pattern: Pattern, dtype: torch.dtype, device: torch.device) -
     multiplied (TF32 would round sizes over 2048).
     """
     axis = pattern.axis
-    extents = (axis.kernel_size, axis.output_size, axis.input_size)
     kernel = torch.arange(axis.kernel_size, device=device)[:, None]
     output = torch.arange(axis.output_size, device=device)[None, :]
     input = output * axis.stride + kernel * axis.dilation - axis.padding[0]
     valid = (input >= 0) & (input < axis.input_size)
     index = torch.zeros_like(input)
     shape: list[int] = []
-    for leg, place, extent in zip(pattern.legs, (kernel, output, input), extents, strict=True):
+    for leg, place, extent in zip(pattern.legs, (kernel, output, input), axis.extents, strict=True):
         if leg is not None:
             index = index * extent + place
             shape.append(extent)
@@ -135,5 +134,3 @@ def einsum_expression(
         inputs.append(())
         operands.append(torch.full((), float(network.scale), dtype=like.dtype, device=like.device))
     return einsum_equation(inputs, network.output_axes), operands, network.shape
-
-

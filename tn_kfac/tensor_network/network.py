@@ -246,6 +246,29 @@ class Network:
             scale=self.scale**2,
         )
 
+    def untied(self, axis: str, other: str) -> Network:
+        """Write the block-diagonal of `axis` out: δ(axis, other) with `other` a new output."""
+        sizes = {other: self.size[axis]}
+        nodes = (*self.nodes, Delta(axis, other))
+        return self.rebuilt(nodes=nodes, output=(*self.output, (other,)), sizes=sizes)
+
+    def stacked(self, name: str, axis: str, size: int) -> Network:
+        """The network for many values of operand `name`: `axis` leads operand and output."""
+        old = self.operand(name)
+        new = replace(old, legs=(Leg((axis,)), *old.legs))
+        nodes = (new if n is old else n for n in self.nodes)
+        return self.rebuilt(nodes=nodes, output=((axis,), *self.output), sizes={axis: size})
+
+    def sampled(self, name: str, axis: str, size: int, selector: str) -> Network:
+        """The network with `axis` of operand `name` reduced to `size` selected indices.
+
+        An operand `selector` [sample, axis] says which, and how they are weighted.
+        """
+        old, sample = self.operand(name), f"{axis}~"
+        new = old.renamed({axis: sample})
+        nodes = [new if n is old else n for n in self.nodes]
+        return self.rebuilt(nodes=[*nodes, operand(selector, sample, axis)], sizes={sample: size})
+
     def tie(self, axis: str, other: str) -> Network:
         """The diagonal in two axes of equal size: `other` takes the name of `axis`."""
         assert self.size[axis] == self.size[other], (axis, other)

@@ -16,13 +16,22 @@ from tn_kfac.tensor_network.network import Axes, Node
 
 @dataclass(frozen=True)
 class SpatialAxis:
-    """Hyper-parameters of one spatial axis; `padding` is (left, right), in pixels."""
+    """Hyper-parameters of one spatial axis; `padding` is (left, right), in pixels.
+
+    `outputs` is the number of windows, if it is less than those that fit.
+    """
 
     input_size: int
     kernel_size: int
     stride: int = 1
     padding: tuple[int, int] = (0, 0)
     dilation: int = 1
+    outputs: int | None = None
+
+    @property
+    def extents(self) -> tuple[int, int, int]:
+        """Sizes of the legs (kernel, output, input)."""
+        return (self.kernel_size, self.output_size, self.input_size)
 
     @property
     def reach(self) -> int:
@@ -32,6 +41,8 @@ class SpatialAxis:
     @property
     def output_size(self) -> int:
         """Number of windows (not positive if the kernel does not fit)."""
+        if self.outputs is not None:
+            return self.outputs
         return (self.input_size + sum(self.padding) - self.reach) // self.stride + 1
 
 

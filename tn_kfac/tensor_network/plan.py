@@ -8,7 +8,7 @@ by network, and a network holds its sizes: the second call does no symbolic work
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import chain
 from math import prod
@@ -147,9 +147,7 @@ def plan(network: Network, simplified: bool = True) -> Plan:
     return Plan(tuple(values.leaves), steps, shape, scale, values.flops, values.peak)
 
 
-def _presummed(
-    network: Network, values: _Numbering, term: tuple[int, Axes]
-) -> tuple[int, Axes]:
+def _presummed(network: Network, values: _Numbering, term: tuple[int, Axes]) -> tuple[int, Axes]:
     """A leaf, summed over the axes that nothing else has."""
     number, axes = term
     kept = tuple(a for a in axes if network.occurrences(a) > 1)
@@ -161,9 +159,7 @@ def _presummed(
 def _with_frees(steps: list[Step], leaves: int) -> tuple[Step, ...]:
     """Each step with the values whose last use it is."""
     last = {number: at for at, step in enumerate(steps) for number in step.inputs}
-    frees = [tuple(n for n in dict.fromkeys(s.inputs) if last[n] == at) for at, s in enumerate(steps)]
     return tuple(
-        Step(step.inputs, step.equation, free) for step, free in zip(steps, frees, strict=True)
+        replace(step, frees=tuple(n for n in dict.fromkeys(step.inputs) if last[n] == at))
+        for at, step in enumerate(steps)
     )
-
-

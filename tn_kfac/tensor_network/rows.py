@@ -12,12 +12,13 @@ the caller chooses. The same holds for the rows of output gradients.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from math import prod
 from typing import Literal
 
-from tn_kfac.tensor_network.network import Axes, Network, rename
+from tn_kfac.tensor_network.network import Axes, Network, operand
 
 Approx = Literal["expand", "reduce"]
 
@@ -52,12 +53,11 @@ class Rows:
         scale = Fraction(1, self.positions) if mean else Fraction(1)
         return self.network.sum(*self.shared).scaled(scale)
 
-    def factor(self, approx: Approx, mean: bool = False, diagonal: bool = False) -> Network:
-        """The factor [g, f, f'], or its diagonal [g, f]."""
+    def factor(self, approx: Approx, mean: bool = False, tied: Axes = ()) -> Network:
+        """The factor [g, f, f'], or its diagonal in the feature axes `tied`."""
         network = self._reduced(approx, mean).gram(self.feature, keep=self.group)
-        if diagonal:
-            for axis, primed in zip(self.feature, rename_primed(self.feature), strict=True):
-                network = network.tie(axis, primed)
+        for axis in tied:
+            network = network.tie(axis, f"{axis}'")
         return network
 
     def total(self, approx: Approx, mean: bool = False) -> Network:
@@ -66,6 +66,10 @@ class Rows:
         return rows.sum(*(a for a in rows.output_axes if a in self.sample + self.shared))
 
 
-def rename_primed(axes: Axes) -> Axes:
-    """The names that `Network.gram` gives to the axes of its second copy."""
-    return rename(axes, {axis: f"{axis}'" for axis in axes})
+def channel_rows(name: str, batch: int, groups: int, channels: int, spatial: Sequence[int]) -> Rows:
+    """The rows of a tensor (batch, groups · channels, *spatial): its channels, per group."""
+    shared = tuple(f"s{dim + 1}" for dim in range(len(spatial)))
+    node = operand(name, "n", ("g", "f"), *shared)
+    sizes = {"n": batch, "g": groups, "f": channels} | dict(zip(shared, spatial, strict=True))
+    output = (("n",), *((axis,) for axis in shared), ("g",), ("f",))
+    return Rows(Network.build([node], output, sizes), ("n",), shared, ("g",), ("f",))

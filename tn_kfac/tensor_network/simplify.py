@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
-from itertools import chain, combinations
+from itertools import chain, combinations, pairwise
 
 from tn_kfac.tensor_network.network import (
     Axes,
@@ -79,7 +79,7 @@ def _unfold(network: Network, pattern: Pattern) -> Network | None:
         return None
     rest = [n for n in network.nodes if n is not pattern]
     if input in network.output_axes:
-        if not _tiles(pattern):
+        if not _tiles(pattern) or {kernel, output} & set(network.output_axes):
             return None
         groups = (substitute(group, input, (output, kernel)) for group in network.output)
         return network.rebuilt(nodes=rest, output=groups)
@@ -173,7 +173,7 @@ def merge(network: Network) -> Network | None:
     """Two axes that are neighbours wherever they occur become one."""
     for node in network.nodes:
         if isinstance(node, Operand):
-            for pair in zip(node.axes, node.axes[1:]):
+            for pair in pairwise(node.axes):
                 if pair[0] != pair[1] and _always_neighbours(network, pair):
                     return _merged(network, pair)
     return None

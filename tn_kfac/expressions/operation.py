@@ -1,0 +1,125 @@
+"""From a function of shapes to an operation on tensors.
+
+An operation is written once, as a function that derives a network from shapes. Around
+it, `operation` builds what users call: the value, the einsum expression, the network.
+All symbolic work is cached by shapes and hyper-parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property, lru_cache, update_wrapper
+from inspect import signature
+from typing import Any, Generic, ParamSpec
+
+from torch import Tensor
+
+from tn_kfac.tensor_network.execute import einsum_expression, execute
+from tn_kfac.tensor_network.network import Network
+from tn_kfac.tensor_network.plan import Plan, plan
+
+P = ParamSpec("P")
+
+
+@dataclass(frozen=True)
+class Expression:
+    """A derived network, and whether it is to be simplified before it is contracted."""
+
+    network: Network
+    simplify: bool = True
+
+    @cached_property
+    def plan(self) -> Plan:
+        """How the network is contracted."""
+        return plan(self.network, self.simplify)
+
+
+@dataclass(frozen=True)
+class Shaped:
+    """What stands for a tensor while a network is derived: its shape."""
+
+    shape: tuple[int, ...]
+
+
+class Operation(Generic[P]):
+    """An operation on tensors; call it for its value.
+
+    Arguments are those of the function that it was made from, tensors first.
+    """
+
+    def __init__(self, derive: Callable[P, Expression]) -> None:
+        update_wrapper(self, derive)
+        self._derive = lru_cache(maxsize=1024)(derive)
+        parameters = signature(derive).parameters
+        self._names = tuple(parameters)
+        self._tensors = frozenset(n for n, p in parameters.items() if p.annotation == "Tensor")
+
+    def __repr__(self) -> str:
+        return f"<operation {self.__name__}>"  # type: ignore[attr-defined]
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> Tensor:
+        """The value of the operation, contracted along its cached plan.
+
+        Raises:
+            ValueError: If a hyper-parameter is impossible, or dtypes or devices differ.
+            TypeError: If an argument has the wrong type.
+        """
+        expression, tensors = self.bound(args, kwargs)
+        return execute(expression.plan, tensors)
+
+    def einsum_expression(
+        self, *args: P.args, **kwargs: P.kwargs
+    ) -> tuple[str, list[Tensor], tuple[int, ...]]:
+        """(equation, operands, shape): `torch.einsum(equation, *operands).reshape(shape)`.
+
+        Raises:
+            ValueError: As the call does, and if the equation needs more than 52 letters.
+            TypeError: If an argument has the wrong type.
+        """
+        expression, tensors = self.bound(args, kwargs)
+        return einsum_expression(expression.network, tensors, expression.simplify)
+
+    def expression(self, *args: P.args, **kwargs: P.kwargs) -> Expression:
+        """The derived network."""
+        return self.bound(args, kwargs)[0]
+
+    def bound(
+        self, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> tuple[Expression, dict[str, Tensor]]:
+        """The cached expression of a call, and its tensors by name."""
+        tensors: dict[str, Tensor] = {}
+        positional = [self._symbol(*pair, tensors) for pair in zip(self._names, args, strict=False)]
+        positional += args[len(self._names) :]  # too many: the function itself complains
+        named = {name: self._symbol(name, value, tensors) for name, value in kwargs.items()}
+        _check_alike(tensors)
+        return self._derive(*positional, **named), tensors
+
+    def _symbol(self, name: str, value: Any, tensors: dict[str, Tensor]) -> Any:
+        """The hashable stand-in of an argument; tensors are collected."""
+        if name in self._tensors:
+            if not isinstance(value, Tensor):
+                raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+            tensors[name] = value
+            return Shaped(tuple(value.shape))
+        return _hashable(value)
+
+
+def operation(derive: Callable[P, Expression]) -> Operation[P]:
+    """Make an operation of a function from shapes to an expression.
+
+    Parameters annotated `Tensor` name the operands of the network; while the function
+    runs, they have a `shape` and nothing else.
+    """
+    return Operation(derive)
+
+
+def _hashable(value: Any) -> Any:
+    return tuple(map(_hashable, value)) if isinstance(value, (list, tuple)) else value
+
+
+def _check_alike(tensors: Mapping[str, Tensor]) -> None:
+    kinds = {(tensor.dtype, tensor.device) for tensor in tensors.values()}
+    if len(kinds) > 1:
+        shown = ", ".join(f"{name} is {t.dtype} on {t.device}" for name, t in tensors.items())
+        raise ValueError(f"tensors must share dtype and device, but {shown}: convert with .to()")
