@@ -13,6 +13,7 @@ from functools import cached_property, lru_cache, update_wrapper
 from inspect import signature
 from typing import Any, Generic, ParamSpec
 
+import torch
 from torch import Tensor
 
 from tn_kfac.tensor_network.execute import einsum_expression, execute
@@ -33,6 +34,15 @@ class Expression:
     def plan(self) -> Plan:
         """How the network is contracted."""
         return plan(self.network, self.simplify)
+
+    @cached_property
+    def einsum_plan(self) -> Plan:
+        """How the network is contracted by einsum alone: for integers, which have no kernels."""
+        return plan(self.network, self.simplify, lowered=False)
+
+    def plan_for(self, dtype: torch.dtype) -> Plan:
+        """The plan for tensors of a dtype."""
+        return self.plan if dtype.is_floating_point else self.einsum_plan
 
 
 @dataclass(frozen=True)
@@ -66,7 +76,8 @@ class Operation(Generic[P]):
             TypeError: If an argument has the wrong type.
         """
         expression, tensors = self.bound(args, kwargs)
-        return execute(expression.plan, tensors)
+        dtype = next(iter(tensors.values())).dtype
+        return execute(expression.plan_for(dtype), tensors)
 
     def einsum_expression(
         self, *args: P.args, **kwargs: P.kwargs

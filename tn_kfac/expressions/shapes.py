@@ -7,6 +7,7 @@ from math import prod
 
 from torch import Tensor
 
+from tn_kfac.expressions.operation import Shaped
 from tn_kfac.tensor_network.convolution import (
     Convolution,
     Ints,
@@ -46,7 +47,7 @@ def of_input(
     padding: Padding,
     dilation: Ints,
     groups: int,
-    v: Tensor | None = None,
+    v: Tensor | Shaped | None = None,
 ) -> Convolution:
     """From input and kernel size, and an output gradient if there is one."""
     out_channels = None if v is None else _ranked("v", v.shape, len(x.shape))[1]
@@ -128,7 +129,7 @@ def of_transposed_input(
     output_padding: Ints,
     dilation: Ints,
     groups: int,
-    v: Tensor | None = None,
+    v: Tensor | Shaped | None = None,
 ) -> Convolution:
     """From input and kernel size of a transposed convolution, and an output gradient."""
     out_channels = None if v is None else _ranked("v", v.shape, len(x.shape))[1]

@@ -9,9 +9,11 @@ from math import prod
 import torch
 from torch import Tensor
 
+from tn_kfac.tensor_network.lower import Primitive
 from tn_kfac.tensor_network.network import Delta, Network, Node, Operand, Window
 from tn_kfac.tensor_network.pattern import Pattern
 from tn_kfac.tensor_network.plan import Plan, einsum_equation
+from tn_kfac.tensor_network.primitives import PRIMITIVES
 from tn_kfac.tensor_network.simplify import simplify
 
 
@@ -70,6 +72,16 @@ def _(node: Operand, shape: tuple[int, ...], tensors: Mapping[str, Tensor], like
 @materialise.register
 def _(node: Delta, shape: tuple[int, ...], tensors: Mapping[str, Tensor], like: Tensor) -> Tensor:
     return torch.eye(shape[0], dtype=like.dtype, device=like.device)
+
+
+@materialise.register
+def _(
+    node: Primitive, shape: tuple[int, ...], tensors: Mapping[str, Tensor], like: Tensor
+) -> Tensor:
+    def tensor_of(operand: Operand) -> Tensor:
+        return materialise(operand, tuple(node.size[a] for a in operand.axes), tensors, like)
+
+    return PRIMITIVES[type(node)](node, node.size, tensor_of)
 
 
 @materialise.register

@@ -33,6 +33,11 @@ class Node(ABC):
     def axes(self) -> Axes:
         """The node's axes, in the order of its tensor's dimensions."""
 
+    @property
+    def every_axis(self) -> Axes:
+        """The node's axes, and those that it sums over inside."""
+        return self.axes
+
     @abstractmethod
     def renamed(self, names: Mapping[str, str]) -> Node:
         """The same node with axes renamed by `names` (others are kept)."""

@@ -16,6 +16,7 @@ from string import ascii_letters
 
 import opt_einsum
 
+from tn_kfac.tensor_network.lower import lower
 from tn_kfac.tensor_network.network import Axes, Network, Node
 from tn_kfac.tensor_network.simplify import simplify
 
@@ -119,21 +120,23 @@ class _Numbering:
 
 def _anonymous(node: Node, shape: tuple[int, ...]) -> object:
     """What makes the tensors of two nodes equal: everything but the axes' names."""
-    first = {axis: str(i) for i, axis in enumerate(dict.fromkeys(node.axes))}
+    first = {axis: str(i) for i, axis in enumerate(dict.fromkeys(node.every_axis))}
     return node.renamed(first), shape
 
 
 @lru_cache(maxsize=4096)
-def plan(network: Network, simplified: bool = True) -> Plan:
-    """The plan of a network, simplified first unless told not to."""
+def plan(network: Network, simplified: bool = True, lowered: bool = True) -> Plan:
+    """The plan of a network, simplified and lowered first unless told not to."""
     if simplified:
-        network = simplify(network)
+        network = lower(network).network if lowered else simplify(network)
     values = _Numbering(network)
     numbers = [values.leaf(node) for node in network.nodes]
     terms = [
         _presummed(network, values, term)
         for term in zip(numbers, (node.axes for node in network.nodes), strict=True)
     ]
+    if len(terms) == 1 and terms[0][1] == network.output_axes:
+        return Plan(tuple(values.leaves), (), network.shape, float(network.scale), 0, 0)
     for positions in contraction_path([axes for _, axes in terms], network):
         taken = [terms[p] for p in positions]
         terms = [t for p, t in enumerate(terms) if p not in positions]
