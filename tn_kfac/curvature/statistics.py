@@ -21,8 +21,8 @@ from torch import Tensor
 from tn_kfac.layers.base import Layer
 from tn_kfac.structures import Structure
 from tn_kfac.tensor_network.execute import execute
-from tn_kfac.tensor_network.plan import Plan, plan
 from tn_kfac.tensor_network.rows import Approx
+from tn_kfac.tensor_network.slicing import AnyPlan, plan
 
 LossAverage = Literal["batch", "batch+sequence"] | None
 
@@ -83,9 +83,9 @@ class Recipe:
 class _Plans:
     """Plans for one pair of input and gradient shapes, and the counts that go with them."""
 
-    input_factor: Plan | None
-    input_total: Plan | None
-    gradient_factor: Plan
+    input_factor: AnyPlan | None
+    input_total: AnyPlan | None
+    gradient_factor: AnyPlan
     rows: int
     terms: int
 

@@ -9,16 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cached_property, lru_cache, update_wrapper
+from functools import lru_cache, update_wrapper
 from inspect import signature
 from typing import Any, Generic, ParamSpec
 
-import torch
 from torch import Tensor
 
 from tn_kfac.tensor_network.execute import einsum_expression, execute
 from tn_kfac.tensor_network.network import Network
-from tn_kfac.tensor_network.plan import Plan, plan
+from tn_kfac.tensor_network.slicing import DEFAULT_LIMIT, AnyPlan, plan
 
 P = ParamSpec("P")
 
@@ -30,19 +29,10 @@ class Expression:
     network: Network
     simplify: bool = True
 
-    @cached_property
-    def plan(self) -> Plan:
-        """How the network is contracted."""
-        return plan(self.network, self.simplify)
-
-    @cached_property
-    def einsum_plan(self) -> Plan:
-        """How the network is contracted by einsum alone: for integers, which have no kernels."""
-        return plan(self.network, self.simplify, lowered=False)
-
-    def plan_for(self, dtype: torch.dtype) -> Plan:
-        """The plan for tensors of a dtype."""
-        return self.plan if dtype.is_floating_point else self.einsum_plan
+    @lru_cache(maxsize=64)  # noqa: B019 (expressions live in a bounded cache themselves)
+    def plan(self, lowered: bool = True, memory_limit: int = DEFAULT_LIMIT) -> AnyPlan:
+        """How the network is contracted; `memory_limit` as in `Operation.limited`."""
+        return plan(self.network, self.simplify, lowered, memory_limit)
 
 
 @dataclass(frozen=True)
@@ -58,8 +48,10 @@ class Operation(Generic[P]):
     Arguments are those of the function that it was made from, tensors first.
     """
 
-    def __init__(self, derive: Callable[P, Expression]) -> None:
+    def __init__(self, derive: Callable[P, Expression], memory_limit: int = DEFAULT_LIMIT) -> None:
         update_wrapper(self, derive)
+        self._function = derive
+        self._memory_limit = memory_limit
         self._derive = lru_cache(maxsize=1024)(derive)
         parameters = signature(derive).parameters
         self._names = tuple(parameters)
@@ -76,8 +68,20 @@ class Operation(Generic[P]):
             TypeError: If an argument has the wrong type.
         """
         expression, tensors = self.bound(args, kwargs)
-        dtype = next(iter(tensors.values())).dtype
-        return execute(expression.plan_for(dtype), tensors)
+        kernels = next(iter(tensors.values())).dtype.is_floating_point
+        return execute(expression.plan(kernels, self._memory_limit), tensors)
+
+    def limited(self, memory_limit: int) -> Operation[P]:
+        """The operation with intermediates of at most `memory_limit` elements.
+
+        The contraction is sliced along one or more axes; the result is the same.
+
+        Raises:
+            ValueError: If the limit is not positive.
+        """
+        if memory_limit < 1:
+            raise ValueError(f"memory_limit must be at least one element, got {memory_limit}")
+        return Operation(self._function, memory_limit)
 
     def einsum_expression(
         self, *args: P.args, **kwargs: P.kwargs

@@ -17,7 +17,7 @@ from tn_kfac.expressions.convolution import conv_input_vjp, conv_weight_vjp
 from tn_kfac.expressions.operation import Operation
 from tn_kfac.tensor_network.execute import einsum_expression, execute
 from tn_kfac.tensor_network.network import Network
-from tn_kfac.tensor_network.plan import plan
+from tn_kfac.tensor_network.slicing import plan
 
 Sampled = tuple[Network, dict[str, Tensor]]
 

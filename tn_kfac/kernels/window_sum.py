@@ -1,22 +1,55 @@
-"""Sums of a tensor over the windows of each spatial axis."""
+"""Sums of a tensor over the windows of each spatial axis.
+
+    y[r, k…] = Σ_i x[r, i…] Π_axes #{windows that meet pixel i at offset k}
+
+One pass over x: on a GPU a Triton kernel multiplies each block of pixels with its 0/1
+counts, which it computes from indices, so that nothing but x is read.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+try:
+    from tn_kfac.kernels import window_sum_triton
+except ImportError:  # no Triton on this machine
+    window_sum_triton = None
+
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
 
 class Windows(Protocol):
     """The windows along one axis: pixel = window·stride + offset·dilation − padding[0]."""
 
-    input_size: int
-    kernel_size: int
-    stride: int
-    padding: tuple[int, int]
-    dilation: int
+    @property
+    def input_size(self) -> int:
+        """Number of pixels."""
+        ...
+
+    @property
+    def kernel_size(self) -> int:
+        """Number of offsets."""
+        ...
+
+    @property
+    def stride(self) -> int:
+        """Pixels between windows."""
+        ...
+
+    @property
+    def padding(self) -> tuple[int, int]:
+        """Pixels before the first one and after the last."""
+        ...
+
+    @property
+    def dilation(self) -> int:
+        """Pixels between offsets."""
+        ...
 
     @property
     def output_size(self) -> int:
@@ -25,7 +58,7 @@ class Windows(Protocol):
 
 
 def window_counts(axis: Windows, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """How many windows meet pixel i at offset k, (kernel, input)."""
+    """How many windows meet pixel i at offset k, (kernel, input): 0 or 1."""
     kernel = torch.arange(axis.kernel_size, device=device)[:, None]
     pixel = torch.arange(axis.input_size, device=device)[None, :]
     start = pixel + axis.padding[0] - kernel * axis.dilation
@@ -35,7 +68,7 @@ def window_counts(axis: Windows, dtype: torch.dtype, device: torch.device) -> Te
 
 
 def window_sum_reference(x: Tensor, axes: Sequence[Windows]) -> Tensor:
-    """Σ_i x[r, i…] Π_axes #{windows that meet i at offset k}; x (rows, *in) to (rows, *k)."""
+    """The window sums by one matrix product per axis, differentiable."""
     for axis in reversed(axes):
         counts = window_counts(axis, x.dtype, x.device)
         x = torch.tensordot(x, counts, dims=([len(axes)], [1])).movedim(-1, 1)
@@ -43,5 +76,13 @@ def window_sum_reference(x: Tensor, axes: Sequence[Windows]) -> Tensor:
 
 
 def window_sum(x: Tensor, axes: Sequence[Windows]) -> Tensor:
-    """The window sums of x (rows, *input), shape (rows, *kernel)."""
-    return window_sum_reference(x, axes)
+    """The window sums of x (rows, *input), shape (rows, *kernel), accumulated in float32.
+
+    By the kernel where it runs, by the reference elsewhere (and for other dtypes, three
+    axes, or gradients).
+    """
+    fits = len(axes) <= 2 and x.dtype in KERNEL_DTYPES and prod(x.shape) > 0
+    wants_gradient = torch.is_grad_enabled() and x.requires_grad
+    if window_sum_triton is None or not x.is_cuda or not fits or wants_gradient:
+        return window_sum_reference(x, axes)
+    return window_sum_triton.window_sum(x.contiguous(), axes)

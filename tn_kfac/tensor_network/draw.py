@@ -11,12 +11,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from os import PathLike, fspath
 from pathlib import Path
 from textwrap import wrap
 from typing import TYPE_CHECKING, Any
 
-from tn_kfac.tensor_network.geometry import Box, Picture, Point, picture
+from tn_kfac.tensor_network.diagram.picture import Box, Picture, Point
+from tn_kfac.tensor_network.diagram.wiring import picture
 from tn_kfac.tensor_network.network import Network, Operand
 from tn_kfac.tensor_network.plan import einsum_equation
 from tn_kfac.tensor_network.simplify import traced
@@ -38,8 +40,31 @@ COLOURS = {
     "other": ("#ece6f6", "#6f4fa8"),
 }
 """Fill and edge of each kind of node."""
-MARGIN, PANEL_GAP, LINE = 0.25, 0.6, 0.2
-COLUMNS_PER_INCH = 13.5
+ROUND = ("delta", "ones")
+MARGIN, PANEL_GAP, WIDEST_CAPTION = 0.25, 0.8, 4.6
+"""Around the figure, between its panels; a panel grows up to this for its caption (inches)."""
+TITLE, HEADING, LINE = 0.3, 0.35, 0.2
+"""Heights of a line of the title, of the headings and of a line of a caption."""
+LETTERS_PER_INCH, TITLE_LETTERS_PER_INCH = 13.2, 8.5
+STYLES: dict[str, dict[str, Any]] = {
+    "title": {"fontsize": 13, "fontweight": "bold", "color": INK},
+    "heading": {"fontsize": 10.5, "fontweight": "bold", "color": FAINT},
+    "equation": {"fontsize": 9, "family": "DejaVu Sans Mono", "color": INK},
+    "plain": {"fontsize": 9, "color": FAINT},
+    "rules": {"fontsize": 9, "fontweight": "bold", "color": "#3b8544"},
+    "arrow": {"fontsize": 20, "color": FAINT, "ha": "center", "va": "center"},
+    "node": {"fontsize": 13, "color": INK, "va": "center_baseline"},
+    "turned": {"fontsize": 13, "color": INK, "va": "center", "rotation": 90},
+    "small": {"fontsize": 9, "color": INK, "va": "center_baseline"},
+    "axis": {"fontsize": 10, "color": INK},
+}
+RC: dict[Any, Any] = {
+    "svg.fonttype": "none",  # text stays text
+    "svg.hashsalt": "tn_kfac",  # equal pictures are equal files
+    "font.family": "DejaVu Sans",
+    "text.usetex": False,
+    "savefig.bbox": None,
+}
 
 
 @dataclass(frozen=True)
@@ -77,15 +102,13 @@ def draw(
             "drawing a network needs matplotlib: pip install tn_kfac[draw]"
         ) from error
     panels = _panels(network, simplified)
-    # Text stays text in an SVG, and equal pictures are equal files.
-    with rc_context(
-        {"svg.fonttype": "none", "svg.hashsalt": "tn_kfac", "font.family": "DejaVu Sans"}
-    ):
+    with rc_context(RC):
         figure = Figure(facecolor="white")
         _compose(figure, panels, title)
         for each in paths:
-            metadata = {"Date": None} if each.suffix == ".svg" else None
-            figure.savefig(each, dpi=200, metadata=metadata)
+            kind = each.suffix.lower()[1:]
+            metadata = {"Date": None} if kind == "svg" else None
+            figure.savefig(each, format=kind, dpi=200, facecolor="white", metadata=metadata)
     return figure
 
 
@@ -94,7 +117,7 @@ def _checked(path: AnyPath | Sequence[AnyPath] | None) -> list[Path]:
     given = [] if path is None else [path] if isinstance(path, (str, PathLike)) else list(path)
     paths = [Path(fspath(each)) for each in given]
     for each in paths:
-        if each.suffix not in SUFFIXES:
+        if each.suffix.lower() not in SUFFIXES:
             raise ValueError(
                 f"path={str(each)!r} has suffix {each.suffix!r}: end it in .png or .svg"
             )
@@ -107,10 +130,11 @@ def _panels(network: Network, simplified: bool) -> list[_Panel]:
         return [_Panel("", picture(network), _formula(network))]
     result, rules = traced(network)
     used = ", ".join(f"{rule} ×{count}" for rule, count in Counter(rules).items())
-    notes = [("note", used or "no rule applies"), *(("plain", v) for v in _views(network, result))]
+    views = [("plain", view) for view in _views(network, result)]
+    rule = ("rules", used) if used else ("plain", "no rule applies")
     return [
         _Panel("network", picture(network), _formula(network)),
-        _Panel("simplified", picture(result), _formula(result) + notes),
+        _Panel("simplified", picture(result), [*_formula(result), *views, rule]),
     ]
 
 
@@ -126,79 +150,80 @@ def _formula(network: Network) -> list[tuple[str, str]]:
 
 def _shown(groups: Sequence[tuple[str, ...]]) -> str:
     """Dimensions in words: [g, (c k1 k2)]."""
-    words = (" ".join(group) if len(group) == 1 else f"({' '.join(group)})" for group in groups)
+    words = (" ".join(g) if len(g) == 1 else f"({' '.join(g)})" if g else "1" for g in groups)
     return f"[{', '.join(words)}]"
 
 
 def _views(before: Network, after: Network) -> list[str]:
     """How operands are read whose dimensions a rule has split, one line for each name."""
-    known = {leg for node in before.nodes if isinstance(node, Operand) for leg in node.legs}
+    known: dict[str, set[str]] = {}
+    for node in _operands(before):
+        known.setdefault(node.name, set()).update(node.axes)
     views: dict[str, str] = {}
-    for node in after.nodes:
-        if isinstance(node, Operand):
-            new = [leg for leg in node.legs if leg not in known]
-            if any(len(leg.axes) > 1 or any(leg.windows) for leg in new):
-                shown = _shown([leg.axes for leg in node.legs])
-                views.setdefault(node.name, f"{node.name} viewed as {shown}")
+    for node in _operands(after):
+        new = [leg for leg in node.legs if set(leg.axes) - known[node.name]]
+        if any(len(leg.axes) > 1 or any(leg.windows) for leg in new):
+            how = "viewed with strides" if any(any(leg.windows) for leg in new) else "viewed"
+            shown = _shown([leg.axes for leg in node.legs])
+            views.setdefault(node.name, f"{node.name} {how} as {shown}")
     return list(views.values())
 
 
-STYLES: dict[str, dict[str, Any]] = {
-    "title": {"fontsize": 13, "fontweight": "bold", "color": INK},
-    "heading": {"fontsize": 10.5, "fontweight": "bold", "color": FAINT},
-    "equation": {"fontsize": 9, "family": "DejaVu Sans Mono", "color": INK},
-    "plain": {"fontsize": 9, "color": FAINT},
-    "note": {"fontsize": 9, "fontweight": "bold", "color": "#3b8544"},
-    "node": {"fontsize": 13, "color": INK},
-    "axis": {"fontsize": 10, "color": INK},
-}
+def _operands(network: Network) -> list[Operand]:
+    return [node for node in network.nodes if isinstance(node, Operand)]
 
 
 def _compose(figure: Figure, panels: list[_Panel], title: str | None) -> None:
     """Place the panels side by side on a figure of the right size."""
-    bounds = [panel.picture.bounds for panel in panels]
-    widths = [max(right - left, 3.2) for left, _, right, _ in bounds]
-    captions = [_lines(p.caption, width) for p, width in zip(panels, widths, strict=True)]
-    tallest = max(top - bottom for _, bottom, _, top in bounds)
-    foot = MARGIN + LINE * max(map(len, captions)) + 0.2
-    head = MARGIN + (0.35 if title else 0) + (0.35 if panels[0].heading else 0)
+    widths = [_width(panel) for panel in panels]
+    captions = [_caption(panel, width) for panel, width in zip(panels, widths, strict=True)]
     width = sum(widths) + PANEL_GAP * (len(panels) - 1) + 2 * MARGIN
-    height = foot + tallest + head
+    titles = wrap(title or "", int(width * TITLE_LETTERS_PER_INCH))
+    tallest = max(panel.picture.height for panel in panels)
+    foot = MARGIN + LINE * max(map(len, captions)) + 0.2
+    top = foot + tallest + (HEADING if len(panels) > 1 else 0.0)
+    height = top + TITLE * len(titles) + MARGIN
     figure.set_size_inches(width, height)
     axes = figure.add_axes((0, 0, 1, 1), xlim=(0, width), ylim=(0, height))
     axes.set_axis_off()
-    if title:
-        axes.text(width / 2, height - MARGIN, title, ha="center", va="top", **STYLES["title"])
-    middle = MARGIN
-    for panel, caption, box, each in zip(panels, captions, bounds, widths, strict=True):
-        centre = middle + each / 2
-        top = foot + tallest + 0.3
-        axes.text(centre, top, panel.heading, ha="center", va="top", **STYLES["heading"])
-        _ink(
-            axes,
-            panel.picture,
-            centre - (box[0] + box[2]) / 2,
-            foot + tallest / 2 - (box[1] + box[3]) / 2,
-        )
+    write = partial(axes.text, ha="center", va="top")
+    for number, line in enumerate(titles):
+        write(width / 2, height - MARGIN - TITLE * number, line, **STYLES["title"])
+    left = MARGIN
+    for panel, caption, each in zip(panels, captions, widths, strict=True):
+        centre = left + each / 2
+        write(centre, top, panel.heading, **STYLES["heading"])
+        _ink(axes, panel.picture, (centre, foot + tallest / 2))
         for number, (style, line) in enumerate(caption):
-            y = foot - 0.2 - LINE * number
-            axes.text(centre, y, line, ha="center", va="top", **STYLES[style])
-        middle += each + PANEL_GAP
+            write(centre, foot - 0.2 - LINE * number, line, **STYLES[style])
+        if panel is not panels[0]:
+            axes.text(left - PANEL_GAP / 2, foot + tallest / 2, "→", **STYLES["arrow"])
+        left += each + PANEL_GAP
 
 
-def _lines(caption: list[tuple[str, str]], width: float) -> list[tuple[str, str]]:
-    """The caption, wrapped; an equation is wrapped at commas."""
+def _width(panel: _Panel) -> float:
+    """The width of a panel: its diagram's, or more for a caption that is a little longer."""
+    longest = max(len(text) for _, text in panel.caption) / LETTERS_PER_INCH
+    return max(panel.picture.width, min(longest + 0.1, WIDEST_CAPTION))
+
+
+def _caption(panel: _Panel, width: float) -> list[tuple[str, str]]:
+    """The lines of the caption; an equation is broken at commas."""
+    letters = int(width * LETTERS_PER_INCH)
     lines = []
-    for style, text in caption:
-        spaced = text.replace(",", ", ").replace("->", " ->") if style == "equation" else text
-        lines += [(style, line) for line in wrap(spaced, int(width * COLUMNS_PER_INCH))]
+    for style, text in panel.caption:
+        if style == "equation" and len(text) > letters:
+            text = text.replace(",", ", ").replace("->", " ->")
+        lines += [(style, line) for line in wrap(text, letters)]
     return lines
 
 
-def _ink(axes: Axes, drawn: Picture, dx: float, dy: float) -> None:
-    """Draw a picture, moved by (dx, dy)."""
+def _ink(axes: Axes, drawn: Picture, centre: Point) -> None:
+    """Draw a picture around a point."""
     from matplotlib.patches import Circle, PathPatch
 
+    left, bottom, right, top = drawn.bounds
+    dx, dy = centre[0] - (left + right) / 2, centre[1] - (bottom + top) / 2
     for line in drawn.lines:
         path = _rounded([(x + dx, y + dy) for x, y in line])
         axes.add_patch(
@@ -214,27 +239,20 @@ def _ink(axes: Axes, drawn: Picture, dx: float, dy: float) -> None:
 
 
 def _node(axes: Axes, box: Box, dx: float, dy: float) -> None:
-    from matplotlib.patches import FancyBboxPatch
+    from matplotlib.patches import Circle, FancyBboxPatch
 
+    x, y = box.x + dx, box.y + dy
     fill, edge = COLOURS[box.kind]
-    small = min(box.width, box.height)
-    radius = small / 2 if box.kind in ("delta", "ones") else min(0.12, small / 2)
-    corner = (box.x - box.width / 2 + dx, box.bottom + dy)
-    style = f"round,pad=0,rounding_size={radius}"
-    axes.add_patch(
-        FancyBboxPatch(
-            corner,
-            box.width,
-            box.height,
-            boxstyle=style,
-            facecolor=fill,
-            edgecolor=edge,
-            linewidth=1.4,
-            zorder=3,
-        )
-    )
-    font = STYLES["node"] | ({"fontsize": 9} if small < 0.3 else {})
-    axes.text(box.x + dx, box.y + dy, box.text, ha="center", va="center_baseline", zorder=4, **font)
+    if box.kind in ROUND:
+        patch = Circle((x, y), box.width / 2)
+    else:
+        corner = (x - box.width / 2, y - box.height / 2)
+        style = "round,pad=0,rounding_size=0.12"
+        patch = FancyBboxPatch(corner, box.width, box.height, boxstyle=style)
+    patch.set(facecolor=fill, edgecolor=edge, linewidth=1.4, zorder=3)
+    axes.add_patch(patch)
+    font = STYLES["small" if box.kind in ROUND else "turned" if box.turned else "node"]
+    axes.text(x, y, box.text, ha="center", zorder=4, **font)
 
 
 def _rounded(points: list[Point], radius: float = 0.12) -> Any:

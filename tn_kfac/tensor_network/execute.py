@@ -15,13 +15,18 @@ from tn_kfac.tensor_network.pattern import Pattern
 from tn_kfac.tensor_network.plan import Plan, einsum_equation
 from tn_kfac.tensor_network.primitives import PRIMITIVES
 from tn_kfac.tensor_network.simplify import simplify
+from tn_kfac.tensor_network.slicing import AnyPlan, Sliced
 
 
-def execute(plan: Plan, tensors: Mapping[str, Tensor]) -> Tensor:
+def execute(plan: AnyPlan, tensors: Mapping[str, Tensor]) -> Tensor:
     """Contract a plan's network; `tensors` maps operand names to tensors.
 
     All tensors share dtype and device; so does the result.
     """
+    return _in_slices(plan, tensors) if isinstance(plan, Sliced) else _in_steps(plan, tensors)
+
+
+def _in_steps(plan: Plan, tensors: Mapping[str, Tensor]) -> Tensor:
     like = next(iter(tensors.values()))
     values: list[Tensor | None] = [
         materialise(leaf.node, leaf.shape, tensors, like) for leaf in plan.leaves
@@ -34,6 +39,24 @@ def execute(plan: Plan, tensors: Mapping[str, Tensor]) -> Tensor:
     assert result is not None
     result = result.reshape(plan.shape)
     return result if plan.scale == 1.0 else result * plan.scale
+
+
+def _in_slices(plan: Sliced, tensors: Mapping[str, Tensor]) -> Tensor:
+    """The parts of a sliced plan, added or concatenated."""
+    parts: list[Tensor] = []
+    for start in range(0, plan.size, plan.chunk):
+        count = min(plan.chunk, plan.size - start)
+        cut = {
+            name: tensors[name].narrow(at.dim, start * at.inner, count * at.inner)
+            for name, at in plan.operands
+        }
+        inner = plan.part if count == plan.chunk or plan.rest is None else plan.rest
+        part = execute(inner, {**tensors, **cut})
+        if plan.output is None and parts:
+            parts = [parts[0] + part]
+        else:
+            parts.append(part)
+    return parts[0] if plan.output is None else torch.cat(parts, plan.output.dim)
 
 
 def contract(equation: str, terms: list[Tensor]) -> Tensor:
@@ -87,9 +110,13 @@ def _(
 @materialise.register
 def _(node: Pattern, shape: tuple[int, ...], tensors: Mapping[str, Tensor], like: Tensor) -> Tensor:
     anonymous = node.renamed({axis: str(i) for i, axis in enumerate(node.axes)})
-    if torch.compiler.is_compiling():
-        return pattern_tensor(anonymous, like.dtype, like.device)
-    return _cached_pattern(anonymous, like.dtype, like.device)
+    build = _cached_pattern if _makes_plain_tensors() else pattern_tensor
+    return build(anonymous, like.dtype, like.device)
+
+
+def _makes_plain_tensors() -> bool:
+    """Whether new tensors are real: not while compiling or under a dispatch mode."""
+    return not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack() == 0
 
 
 def _windows(tensor: Tensor, dim: int, window: Window) -> Tensor:
@@ -102,8 +129,8 @@ def _windows(tensor: Tensor, dim: int, window: Window) -> Tensor:
 def pattern_tensor(pattern: Pattern, dtype: torch.dtype, device: torch.device) -> Tensor:
     """The tensor of an index pattern, axes (kernel, output, input) less the summed ones.
 
-    Exact for every size: indices are integers, and entries are counted, never
-    multiplied (TF32 would round sizes over 2048).
+    Exact for every size and dtype: indices and counts are integers (TF32 would round
+    indices over 2048, bfloat16 counts over 256) until the last conversion.
     """
     axis = pattern.axis
     kernel = torch.arange(axis.kernel_size, device=device)[:, None]
@@ -116,9 +143,9 @@ def pattern_tensor(pattern: Pattern, dtype: torch.dtype, device: torch.device) -
         if leg is not None:
             index = index * extent + place
             shape.append(extent)
-    tensor = torch.zeros(prod(shape), dtype=dtype, device=device)
+    tensor = torch.zeros(prod(shape), dtype=torch.int64, device=device)
     index = torch.where(valid, index, 0).flatten()
-    return tensor.index_add_(0, index, valid.to(dtype).flatten()).reshape(shape)
+    return tensor.index_add_(0, index, valid.long().flatten()).reshape(shape).to(dtype)
 
 
 @lru_cache(maxsize=1024)
@@ -132,7 +159,8 @@ def einsum_expression(
 ) -> tuple[str, list[Tensor], tuple[int, ...]]:
     """(equation, operands, shape): `torch.einsum(equation, *operands).reshape(shape)`.
 
-    The scale of the network becomes an operand without axes.
+    The scale of the network becomes an operand without axes. Tensors other than views of
+    the caller's are new, so they may be written to.
     """
     if simplified:
         network = simplify(network)
@@ -141,7 +169,8 @@ def einsum_expression(
     for node in network.nodes:
         inputs.append(node.axes)
         shape = tuple(network.size[a] for a in node.axes)
-        operands.append(materialise(node, shape, tensors, like))
+        tensor = materialise(node, shape, tensors, like)
+        operands.append(tensor.clone() if isinstance(node, Pattern) else tensor)
     if network.scale != 1:
         inputs.append(())
         operands.append(torch.full((), float(network.scale), dtype=like.dtype, device=like.device))

@@ -45,6 +45,19 @@ class SpatialAxis:
             return self.outputs
         return (self.input_size + sum(self.padding) - self.reach) // self.stride + 1
 
+    def met_offsets(self, window: int) -> range:
+        """The offsets k at which a window (of any index) meets a pixel."""
+        first = window * self.stride - self.padding[0]
+        low = max(0, -(first // self.dilation))
+        high = (self.input_size - 1 - first) // self.dilation + 1
+        return range(low, max(low, min(high, self.kernel_size)))
+
+    def uncounted_windows(self) -> list[int]:
+        """Windows before the first and after the last counted one that meet a pixel."""
+        before = range((self.padding[0] - self.reach) // self.stride + 1, 0)
+        end = (self.input_size - 1 + self.padding[0]) // self.stride + 1
+        return [*before, *range(self.output_size, end)]
+
 
 @dataclass(frozen=True)
 class Pattern(Node):

@@ -16,12 +16,12 @@ from string import ascii_letters
 
 import opt_einsum
 
-from tn_kfac.tensor_network.lower import lower
+from tn_kfac.tensor_network.lower import Primitive, lower
 from tn_kfac.tensor_network.network import Axes, Network, Node
 from tn_kfac.tensor_network.simplify import simplify
 
-EXHAUSTIVE_UP_TO = 8
-"""Networks of at most so many tensors get an optimal path, larger ones a greedy one."""
+THOROUGH_UP_TO = 10
+"""Networks of at most so many tensors get opt_einsum's thorough search, others its quick one."""
 
 
 @dataclass(frozen=True)
@@ -45,8 +45,9 @@ class Step:
 class Plan:
     """Leaves, steps on them, and how the last value becomes the result.
 
-    `flops` counts multiplications and additions, `peak` the elements of the largest
-    value that a step creates.
+    `flops` counts multiplications and additions, `traffic` the elements that steps and
+    kernels read and write, `peak` the elements of the largest value between operands and
+    result.
     """
 
     leaves: tuple[Leaf, ...]
@@ -54,6 +55,7 @@ class Plan:
     shape: tuple[int, ...]
     scale: float
     flops: int
+    traffic: int
     peak: int
 
 
@@ -80,7 +82,7 @@ def contraction_path(inputs: Sequence[Axes], network: Network) -> list[tuple[int
     left = ",".join("".join(symbols[a] for a in axes) for axes in inputs)
     equation = f"{left}->{''.join(symbols[a] for a in network.output_axes)}"
     shapes = [tuple(network.size[a] for a in axes) for axes in inputs]
-    optimize = "optimal" if len(shapes) <= EXHAUSTIVE_UP_TO else "greedy"
+    optimize = "auto-hq" if len(shapes) <= THOROUGH_UP_TO else "auto"
     path, _ = opt_einsum.contract_path(equation, *shapes, shapes=True, optimize=optimize)
     return [tuple(positions) for positions in path]  # type: ignore[arg-type]
 
@@ -93,8 +95,9 @@ class _Numbering:
         self.leaves: list[Leaf] = []
         self.steps: list[Step] = []
         self.numbers: dict[object, int] = {}
+        self.created: list[int] = []
         self.flops = 0
-        self.peak = 0
+        self.traffic = 0
 
     def leaf(self, node: Node) -> int:
         shape = tuple(self.size[a] for a in node.axes)
@@ -102,6 +105,10 @@ class _Numbering:
         if key not in self.numbers:
             self.numbers[key] = len(self.leaves)
             self.leaves.append(Leaf(node, shape))
+            if isinstance(node, Primitive):
+                self.flops += node.flops
+                self.traffic += node.traffic + prod(shape)
+                self.created.append(prod(shape))
         return self.numbers[key]
 
     def step(self, terms: list[tuple[int, Axes]], output: Axes) -> int:
@@ -114,7 +121,9 @@ class _Numbering:
             self.steps.append(Step(inputs, equation))
             axes = set(chain(*(axes for _, axes in terms)))
             self.flops += len(terms) * prod(self.size[a] for a in axes)
-            self.peak = max(self.peak, prod(self.size[a] for a in output))
+            self.created.append(prod(self.size[a] for a in output))
+            read = (prod(self.size[a] for a in axes) for _, axes in terms)
+            self.traffic += sum(read) + self.created[-1]
         return self.numbers[key]
 
 
@@ -125,7 +134,7 @@ def _anonymous(node: Node, shape: tuple[int, ...]) -> object:
 
 
 @lru_cache(maxsize=4096)
-def plan(network: Network, simplified: bool = True, lowered: bool = True) -> Plan:
+def plan_whole(network: Network, simplified: bool = True, lowered: bool = True) -> Plan:
     """The plan of a network, simplified and lowered first unless told not to."""
     if simplified:
         network = lower(network).network if lowered else simplify(network)
@@ -135,25 +144,29 @@ def plan(network: Network, simplified: bool = True, lowered: bool = True) -> Pla
         _presummed(network, values, term)
         for term in zip(numbers, (node.axes for node in network.nodes), strict=True)
     ]
-    if len(terms) == 1 and terms[0][1] == network.output_axes:
-        return Plan(tuple(values.leaves), (), network.shape, float(network.scale), 0, 0)
-    for positions in contraction_path([axes for _, axes in terms], network):
+    whole = len(terms) == 1 and terms[0][1] == network.output_axes
+    for positions in [] if whole else contraction_path([axes for _, axes in terms], network):
         taken = [terms[p] for p in positions]
         terms = [t for p, t in enumerate(terms) if p not in positions]
         needed = set(chain(network.output_axes, *(axes for _, axes in terms)))
         axes = dict.fromkeys(chain.from_iterable(axes for _, axes in taken))
         output = tuple(a for a in axes if a in needed) if terms else network.output_axes
         terms.append((values.step(taken, output), output))
-    shape = network.shape
-    steps = _with_frees(values.steps, len(values.leaves))
-    scale = float(network.scale)
-    return Plan(tuple(values.leaves), steps, shape, scale, values.flops, values.peak)
+    return Plan(
+        leaves=tuple(values.leaves),
+        steps=_with_frees(values.steps, len(values.leaves)),
+        shape=network.shape,
+        scale=float(network.scale),
+        flops=values.flops,
+        traffic=values.traffic,
+        peak=max(values.created[:-1], default=0),
+    )
 
 
 def _presummed(network: Network, values: _Numbering, term: tuple[int, Axes]) -> tuple[int, Axes]:
     """A leaf, summed over the axes that nothing else has."""
     number, axes = term
-    kept = tuple(a for a in axes if network.occurrences(a) > 1)
+    kept = tuple(a for a in dict.fromkeys(axes) if network.occurrences(a) > axes.count(a))
     if kept == axes or (len(network.nodes) == 1 and set(kept) == set(network.output_axes)):
         return number, axes
     return values.step([(number, axes)], kept), kept

@@ -149,9 +149,7 @@ def autocorrelate(node: Autocorrelation, sizes: Sizes, tensor_of: Materialise) -
     groups = prod(sizes[axis] for axis in group)
     factor = _all_windows(x, node.spatial, groups)
     for dim, axis in enumerate(node.spatial):
-        before = range(axis.padding[0] + 1 - axis.reach, 0)
-        after = range(axis.output_size, axis.input_size + axis.padding[0])
-        for window in chain(before, after):
+        for window in axis.uncounted_windows():
             _subtract_windows(factor, x, node.spatial, dim, window, groups)
     return factor.reshape([sizes[axis] for axis in node.axes])
 
@@ -188,10 +186,10 @@ def _subtract_windows(
     """
     axis = spatial[dim]
     first = window - axis.padding[0]
-    met = [k for k in range(axis.kernel_size) if 0 <= first + k * axis.dilation < axis.input_size]
+    met = axis.met_offsets(window)
     if not met:
         return
-    low, high = met[0], met[-1] + 1
+    low, high = met.start, met.stop
     pixels = slice(first + low * axis.dilation, first + met[-1] * axis.dilation + 1, axis.dilation)
     strip = x[(slice(None),) * (2 + dim) + (pixels,)]
     strip = strip.movedim(2 + dim, 2).reshape(x.shape[0], groups, -1, high - low, *_rest(x, dim))

@@ -26,10 +26,18 @@ Rule = Callable[[Network], Network | None]
 
 
 def delta(network: Network) -> Network | None:
-    """δ(a, b) contracts away: b takes the name a, unless both are outputs."""
+    """δ(a, b) contracts away: b takes the name a, unless both are outputs.
+
+    δ(a, a) is a vector of ones: nothing where a occurs elsewhere, its size otherwise.
+    """
     for node in network.nodes:
         if isinstance(node, Delta):
             kept, gone = node.axes
+            if kept == gone:
+                rest = (n for n in network.nodes if n is not node)
+                alone = network.occurrences(kept) == 2
+                factor = network.size[kept] if alone else 1
+                return network.rebuilt(nodes=rest).scaled(factor)
             if gone in network.output_axes:
                 kept, gone = gone, kept
             if gone not in network.output_axes:

@@ -1,0 +1,1 @@
+"""The geometry of tensor-network diagrams; `draw` puts it on paper."""
