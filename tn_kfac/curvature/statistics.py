@@ -76,6 +76,7 @@ class Recipe:
         1/N each, so their outer products carry 1/N² and their sum wants a factor N.
         """
         rows, terms = counts.unbind()
+        rows = rows.clamp(min=1)  # an empty batch has no rows
         return Factors(A / rows, G if self.loss_average is None else G * terms)
 
 

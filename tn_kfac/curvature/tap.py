@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.utils.hooks import RemovableHandle
 
 from tn_kfac.curvature.statistics import Factors, Recipe, statistics
@@ -24,11 +25,11 @@ class Tap(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, output: Tensor, x: Tensor | None, layer_tap: LayerTap,
-                first_use: bool, *probes: Tensor) -> Tensor:  # fmt: skip
+                samples: Samples, *probes: Tensor) -> Tensor:  # fmt: skip
         """Return `output`; save `x`, which the layer itself has saved for its weight."""
         ctx.save_for_backward(x)
         ctx.layer_tap = layer_tap
-        ctx.first_use = first_use
+        ctx.samples = samples
         if torch.compiler.is_compiling():
             return output.clone()  # fused away; mark_dirty does not trace on torch 2.11
         ctx.mark_dirty(output)
@@ -38,8 +39,25 @@ class Tap(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         """Pass the gradient on unchanged, and give each probe its statistic."""
         (gradient,) = gradients
+        compiling = torch.compiler.is_compiling()
+        if not compiling and not torch._C._will_engine_execute_node(ctx.next_functions[-1][0]):
+            return gradient, *(None for _ in ctx.needs_input_grad[1:])
         (x,) = ctx.saved_tensors
-        return gradient, None, None, None, *ctx.layer_tap.measure(x, gradient, ctx.first_use)
+        first = ctx.samples.count_once(ctx.layer_tap.epoch)
+        return gradient, None, None, None, *ctx.layer_tap.measure(x, gradient, first)
+
+
+class Samples:
+    """The samples of one forward pass: counted by whichever call's backward runs first."""
+
+    def __init__(self) -> None:
+        self.counted_in = -1
+
+    def count_once(self, epoch: int) -> bool:
+        """Whether they are still to be counted in the epoch (between two `clear`)."""
+        first = self.counted_in != epoch
+        self.counted_in = epoch
+        return first
 
 
 class LayerTap:
@@ -48,15 +66,18 @@ class LayerTap:
     Attributes:
         enabled: Whether forward passes are tapped; the optimizer switches it off for
             steps that do not update the curvature.
-        used: Whether the layer was called since the model's forward pass began.
+        epoch: Counts the calls of `clear`, so that samples are counted once in between.
+        scope: The samples of the model's forward pass that runs now, if one does.
+        latest: Those of the last one, for calls that checkpointing recomputes in backward.
     """
 
     def __init__(self, recipe: Recipe, dtype: torch.dtype) -> None:
         self.recipe = recipe
         self.dtype = dtype
         self.enabled = True
-        self.used = False
-        self.tracked = False
+        self.epoch = 0
+        self.scope: Samples | None = None
+        self.latest: Samples | None = None
         self._probes: tuple[Tensor, ...] = ()
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any],
@@ -64,11 +85,21 @@ class LayerTap:
         """Forward hook: replace the output by its tapped self where gradients will flow."""
         if not (self.enabled and torch.is_grad_enabled() and output.requires_grad):
             return None
+        if not self._trains(module) or _transformed():
+            return None
         x: Tensor = args[0] if args else kwargs["input"]
-        first_use = not (self.tracked and self.used)
-        self.used = True
         saved = x if self.recipe.has_weight else None
-        return Tap.apply(output, saved, self, first_use, *self._probes_on(output.device))
+        return Tap.apply(output, saved, self, self._samples(), *self._probes_on(output.device))
+
+    def _trains(self, module: nn.Module) -> bool:
+        """Whether one of the parameters takes gradients now."""
+        names = ("weight",) * self.recipe.has_weight + ("bias",) * self.recipe.has_bias
+        return any(module.get_parameter(name).requires_grad for name in names)
+
+    def _samples(self) -> Samples:
+        """Those of the model's forward pass, also where it is recomputed in a backward pass."""
+        recomputing = torch._C._current_graph_task_id() != -1
+        return self.scope or (self.latest if recomputing else None) or Samples()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> InertHook:
         """A copy of the model (an EMA, say) is not trained by this optimizer."""
@@ -100,6 +131,7 @@ class LayerTap:
 
     def clear(self) -> None:
         """Forget all statistics."""
+        self.epoch += 1
         for probe in self._probes:
             probe.grad = None
 
@@ -125,8 +157,8 @@ class ForwardScope:
     def mark(self, tracked: bool) -> None:
         """Begin (or end) a forward pass: no layer has been called yet."""
         for tap in self.taps:
-            tap.tracked = tracked
-            tap.used = False
+            tap.scope = Samples() if tracked else None
+            tap.latest = tap.scope or tap.latest
 
 
 class _ScopeHook:
@@ -144,6 +176,23 @@ class _ScopeHook:
 
     def __reduce__(self) -> tuple[type[InertHook], tuple[()]]:
         return InertHook, ()
+
+
+class AutocastInput:
+    """Pre-hook: the cast that autocast would make inside, so layer and tap save one tensor."""
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        if not args or not isinstance(args[0], Tensor) or args[0].dtype != torch.float32:
+            return None
+        kind = args[0].device.type
+        if not torch.is_autocast_enabled(kind):
+            return None
+        return (args[0].to(torch.get_autocast_dtype(kind)), *args[1:])
+
+
+def _transformed() -> bool:
+    """Whether a functional transform or forward mode runs, which wants no statistics."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 class InertHook:

@@ -16,6 +16,7 @@ from tn_kfac.expressions.convolution import (
     unfold_input,
     unfold_kernel,
 )
+from tn_kfac.expressions.display import draw, explain
 from tn_kfac.expressions.ggn import ggn_diagonal, ggn_gram
 from tn_kfac.expressions.kfac import (
     kfac_expand,
@@ -55,6 +56,8 @@ __all__ = [
     "conv_weight_jvp",
     "conv_weight_vjp",
     "conv_weight_vjp_per_example",
+    "draw",
+    "explain",
     "fold",
     "ggn_diagonal",
     "ggn_gram",

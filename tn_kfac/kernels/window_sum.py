@@ -2,14 +2,13 @@
 
     y[r, k…] = Σ_i x[r, i…] Π_axes #{windows that meet pixel i at offset k}
 
-One pass over x: on a GPU a Triton kernel multiplies each block of pixels with its 0/1
-counts, which it computes from indices, so that nothing but x is read.
+One pass over x: on a GPU a Triton kernel sums each line over the windows that meet it, and
+then the lines; which those are it computes from indices, so that nothing but x is read.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import prod
 from typing import Protocol
 
 import torch
@@ -71,7 +70,7 @@ def window_sum_reference(x: Tensor, axes: Sequence[Windows]) -> Tensor:
     """The window sums by one matrix product per axis, differentiable."""
     for axis in reversed(axes):
         counts = window_counts(axis, x.dtype, x.device)
-        x = torch.tensordot(x, counts, dims=([len(axes)], [1])).movedim(-1, 1)
+        x = torch.matmul(x.movedim(len(axes), -1), counts.T).movedim(-1, 1)
     return x
 
 
@@ -79,10 +78,11 @@ def window_sum(x: Tensor, axes: Sequence[Windows]) -> Tensor:
     """The window sums of x (rows, *input), shape (rows, *kernel), accumulated in float32.
 
     By the kernel where it runs, by the reference elsewhere (and for other dtypes, three
-    axes, or gradients).
+    axes, large kernels, or gradients).
     """
-    fits = len(axes) <= 2 and x.dtype in KERNEL_DTYPES and prod(x.shape) > 0
+    if window_sum_triton is None or not x.is_cuda or not window_sum_triton.fits(axes):
+        return window_sum_reference(x, axes)
     wants_gradient = torch.is_grad_enabled() and x.requires_grad
-    if window_sum_triton is None or not x.is_cuda or not fits or wants_gradient:
+    if x.dtype not in KERNEL_DTYPES or x.numel() == 0 or wants_gradient:
         return window_sum_reference(x, axes)
     return window_sum_triton.window_sum(x.contiguous(), axes)

@@ -25,6 +25,7 @@ from tn_kfac.optim.groups import (
     as_groups,
     check_entries,
     entries_of,
+    parameter,
     split,
     untrained,
     warn_untrained,
@@ -42,6 +43,9 @@ class KroneckerOptimizer(Optimizer, ABC):
 
     rule: ClassVar[str]
     option_checks: ClassVar[dict[str, checks.Check]]
+    built_in: ClassVar[tuple[str, ...]] = ("structure", "kfac_approx", "loss_average")
+    found_inf: Tensor  # set by a GradScaler while it calls `step`
+    grad_scale: Tensor | None  # likewise
     _step_supports_amp_scaling = True  # torch's name: GradScaler hands over its scale
 
     def __init__(
@@ -56,15 +60,16 @@ class KroneckerOptimizer(Optimizer, ABC):
         self._handles: list[RemovableHandle] = []
         self._scope = ForwardScope([])
         self._ready = False
+        self._dropped: set[Tensor] = set()
         sites, refused = find_sites(model)
         self._sites = {p: site for site in sites for p in site.parameters}
         groups = as_groups(model.parameters() if params is None else params)
         super().__init__(groups, {key: options[key] for key in COMMON_KEYS})
+        if warn_unsupported:
+            self._warn(refused, params is None)
         self._attach()
         self._handles += self._scope.attach(model)
         self._ready = True
-        if warn_unsupported:
-            self._warn(refused, groups if params is None else None)
 
     @abstractmethod
     def _new_state(
@@ -90,13 +95,17 @@ class KroneckerOptimizer(Optimizer, ABC):
             "preconditioner_dtype": checks.dtype_pair(options["preconditioner_dtype"]),
         }
 
-    def _warn(self, refused: list[str], groups: list[Group] | None) -> None:
+    def _warn(self, refused: list[str], all_parameters: bool) -> None:
         if refused:
             warnings.warn(f"trained without Kronecker factors: {'; '.join(refused)}", stacklevel=4)
-        if groups is not None:
-            names = untrained(self.param_groups, self._model.named_parameters())
-            if names:
-                warn_untrained(names)
+        wanted = [
+            (name, p)
+            for name, p in self._model.named_parameters()
+            if all_parameters or p in self._dropped
+        ]
+        names = untrained(self.param_groups, wanted)
+        if names:
+            warn_untrained(names)
 
     def add_param_group(self, param_group: Group) -> None:
         """Add parameters of the model, split by whether Kronecker factors serve them.
@@ -113,10 +122,17 @@ class KroneckerOptimizer(Optimizer, ABC):
         check_entries(given["params"], set(self._model.parameters()), present)
         options = self._checked(self._options | {k: v for k, v in given.items() if k != "params"})
         options = {key: options[key] for key in self._options}
+        before = len(self.param_groups)
         for group in split(given, options, self._sites, self.rule):
             super().add_param_group(group)
+        kept = {p for group in self.param_groups for p in group["params"]}
+        self._dropped |= {p for p in map(parameter, given["params"]) if p not in kept}
         if self._ready:
-            self._attach()
+            try:
+                self._attach()
+            except ValueError:
+                del self.param_groups[before:]
+                raise
 
     def _attach(self) -> None:
         """Bind and hook the layers of all parameters that joined since the last call."""
@@ -163,15 +179,16 @@ class KroneckerOptimizer(Optimizer, ABC):
             return None
         scale: Tensor | None = getattr(self, "grad_scale", None)
         if scale is None:
+            del self.found_inf, self.grad_scale  # the scaler would, had we returned
             raise RuntimeError(
                 "scaler.unscale_(optimizer) hides the loss scale, which the curvature needs too: "
                 "drop that call (and clip with a scaled threshold), or use bfloat16 autocast, "
                 "which needs no GradScaler"
             )
         for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    parameter.grad.div_(scale)
+            for p in group["params"]:
+                if p.grad is not None:
+                    p.grad.div_(scale)
         return scale
 
     def _found_inf(self) -> bool:
@@ -226,6 +243,7 @@ class KroneckerOptimizer(Optimizer, ABC):
                 is changed then.
         """
         checkpoint.check_compatible(state_dict, self.param_groups, self._expected_shapes())
+        checkpoint.check_options(state_dict, self.param_groups, self.built_in)
         callables = [{k: v for k, v in g.items() if callable(v)} for g in self.param_groups]
         super().load_state_dict(checkpoint.detached(state_dict))
         checkpoint.restore_dtypes(state_dict, self.param_groups, self.state)

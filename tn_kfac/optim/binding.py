@@ -18,6 +18,7 @@ from torch.nn import Parameter
 from torch.utils.hooks import RemovableHandle
 
 from tn_kfac.curvature import LayerTap, Recipe
+from tn_kfac.curvature.tap import AutocastInput
 from tn_kfac.layers import Layer, layer_of
 from tn_kfac.structures import structure
 
@@ -55,7 +56,14 @@ class Binding:
 
     def attach(self) -> list[RemovableHandle]:
         """Hook the modules."""
-        return [m.register_forward_hook(self.tap, with_kwargs=True) for m in self.site.modules]
+        return [
+            handle
+            for m in self.site.modules
+            for handle in (
+                m.register_forward_pre_hook(AutocastInput()),
+                m.register_forward_hook(self.tap, with_kwargs=True),
+            )
+        ]
 
     def gradient_matrix(self) -> Tensor | None:
         """The joint gradient (groups, d_out, d_in [+1]); None if no parameter has one.
@@ -178,5 +186,5 @@ def _binding(site: Site, trained: list[Parameter], group: dict[str, Any]) -> Bin
     )
     default = torch.promote_types(trained[0].dtype, torch.float32)
     dtypes = [dtype or default for dtype in group["preconditioner_dtype"]]
-    tap = LayerTap(recipe, torch.promote_types(*dtypes))
+    tap = LayerTap(recipe, torch.promote_types(torch.promote_types(*dtypes), torch.float32))
     return Binding(site, tap, weight, bias, (dtypes[0], dtypes[1]))

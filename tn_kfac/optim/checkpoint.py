@@ -43,11 +43,32 @@ def check_compatible(
         )
     for name, param, state in _matched(state_dict, groups):
         for key, shape in expected.get(param, {}).items():
+            if (key not in state and key in ("K", "C")) or "step" not in state:
+                missing = key if key not in state else "step"
+                raise ValueError(f"state_dict holds no {missing} for parameter {name}")
             if key in state and tuple(state[key].shape) != tuple(shape):
                 raise ValueError(
                     f"state_dict holds {key} of shape {tuple(state[key].shape)} for parameter "
                     f"{name}, expected {tuple(shape)}: use the model and the structure of the "
                     "checkpoint"
+                )
+
+
+def check_options(
+    state_dict: Mapping[str, Any], groups: list[dict[str, Any]], keys: tuple[str, ...]
+) -> None:
+    """Check the options that the capture was built with.
+
+    Raises:
+        ValueError: If one differs.
+    """
+    for at, (saved, group) in enumerate(zip(state_dict["param_groups"], groups, strict=True)):
+        for key in keys:
+            ours, theirs = group.get(key), saved.get(key)
+            if ours != (tuple(theirs) if isinstance(theirs, list) else theirs):
+                raise ValueError(
+                    f"state_dict has {key}={theirs!r} in group {at}, this optimizer {ours!r}: "
+                    f"build the optimizer with the {key} of the checkpoint"
                 )
 
 

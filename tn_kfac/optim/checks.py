@@ -15,7 +15,7 @@ from tn_kfac.structures import structure
 def number(name: str, value: object, below: float = float("inf")) -> None:
     """A real number (or a tensor of one element) in [0, below)."""
     if isinstance(value, torch.Tensor) and value.numel() == 1:
-        return
+        value = value.item()
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a number, got {value!r}")
     if not 0.0 <= float(value) < below:

@@ -130,5 +130,5 @@ def warn_untrained(names: list[str]) -> None:
     warnings.warn(
         f"{len(names)} parameters have no Kronecker factor and will not be trained ({shown}): "
         "choose fallback='sgd' or fallback='adamw' to train them",
-        stacklevel=4,
+        stacklevel=5,
     )

@@ -62,6 +62,22 @@ def update_factor(
     return own.K - step * beta, m
 
 
+def _given(
+    structure: StructureLike | tuple[StructureLike, StructureLike] | None,
+    structures: tuple[StructureLike, StructureLike] | None,
+) -> StructureLike | tuple[StructureLike, StructureLike]:
+    """The structure under either of its names, diagonal if there is none.
+
+    Raises:
+        ValueError: If both are given.
+    """
+    if structure is not None and structures is not None:
+        raise ValueError(f"structure={structure!r} and structures={structures!r}: give one")
+    if structure is not None:
+        return structure
+    return "diagonal" if structures is None else structures
+
+
 class SINGD(KroneckerOptimizer):
     r"""Structured inverse-free natural gradient descent, with a fallback for all the rest.
 
@@ -148,8 +164,6 @@ class SINGD(KroneckerOptimizer):
         fallback_lr: float | None = None,
         fallback_weight_decay: float | None = None,
     ) -> None:
-        if structure is not None and structures is not None:
-            raise ValueError(f"structure={structure!r} and structures={structures!r}: give one")
         checks.number("init_grad_scale", init_grad_scale)
         options = {
             "lr": lr,
@@ -160,7 +174,7 @@ class SINGD(KroneckerOptimizer):
             "T": T,
             "loss_average": loss_average,
             "lr_cov": lr_cov,
-            "structure": structure or structures or "diagonal",
+            "structure": _given(structure, structures),
             "kfac_approx": kfac_approx,
             "kfac_like": kfac_like,
             "preconditioner_dtype": preconditioner_dtype,

@@ -38,7 +38,10 @@ def _in_steps(plan: Plan, tensors: Mapping[str, Tensor]) -> Tensor:
     result = values[-1]
     assert result is not None
     result = result.reshape(plan.shape)
-    return result if plan.scale == 1.0 else result * plan.scale
+    if plan.scale == 1.0:
+        return result
+    ours = plan.owns_result and not result.requires_grad
+    return result.mul_(plan.scale) if ours else result * plan.scale
 
 
 def _in_slices(plan: Sliced, tensors: Mapping[str, Tensor]) -> Tensor:
@@ -60,16 +63,57 @@ def _in_slices(plan: Sliced, tensors: Mapping[str, Tensor]) -> Tensor:
 
 
 def contract(equation: str, terms: list[Tensor]) -> Tensor:
-    """One einsum step. A product without a matrix axis is cheaper elementwise."""
+    """One einsum step; products of a tensor with itself are done on one copy of it."""
     inputs, output = equation.split("->")
     names = inputs.split(",")
-    if len(names) == 2 and names[0] == names[1] and len(set(names[0])) == len(names[0]):
-        product = terms[0] * terms[1]
-        summed = [dim for dim, axis in enumerate(names[0]) if axis not in output]
-        product = product.sum(summed) if summed else product
-        left = "".join(axis for axis in names[0] if axis in output)
-        return product.permute([left.index(axis) for axis in output])
+    if len(names) == 1 and len(set(inputs)) == len(inputs):
+        return _summed(inputs, output, terms[0])
+    if len(names) == 2 and all(len(set(axes)) == len(axes) for axes in (*names, output)):
+        if names[0] == names[1]:
+            return _elementwise(names[0], output, terms)
+        if terms[0] is terms[1]:
+            return _gram(names[0], names[1], output, terms[0])
     return torch.einsum(equation, *terms)
+
+
+def _elementwise(axes: str, output: str, terms: list[Tensor]) -> Tensor:
+    """A product without a matrix axis, summed over what is not in the output."""
+    return _summed(axes, output, terms[0] * terms[1])
+
+
+def _summed(axes: str, output: str, term: Tensor) -> Tensor:
+    """A tensor summed over the axes that are not in the output, in the output's order."""
+    summed = [dim for dim, axis in enumerate(axes) if axis not in output]
+    if summed and summed[-1] - summed[0] == len(summed) - 1:
+        term = term.sum(summed)
+    else:  # one by one: dimensions that are not neighbours would be copied first
+        for dim in reversed(summed):
+            term = term.sum(dim)
+    left = [axis for axis in axes if axis in output]
+    return term.permute([left.index(axis) for axis in output])
+
+
+def _gram(first: str, second: str, output: str, term: Tensor) -> Tensor:
+    """Σ t[kept, summed, row] t[kept, summed, row'], with t as one matrix per kept index.
+
+    Where t must be copied for that, its contiguous axes stay innermost.
+    """
+    pairs = list(zip(first, second, strict=True))
+    same = [dim for dim, (a, b) in enumerate(pairs) if a == b]
+    kept = [dim for dim in same if first[dim] in output]
+    summed = [dim for dim in same if first[dim] not in output]
+    row = [dim for dim, (a, b) in enumerate(pairs) if a != b]
+    named = "".join(first[d] for d in kept + row) + "".join(second[d] for d in row)
+    if sorted(named) != sorted(output):  # the copies share an axis in different places
+        return torch.einsum(f"{first},{second}->{output}", term, term)
+    inner = summed if any(term.stride(dim) == 1 and term.shape[dim] > 1 for dim in summed) else row
+    outer = row if inner is summed else summed
+    sizes = [[term.shape[dim] for dim in dims] for dims in (kept, outer, inner)]
+    rows = term.permute(kept + outer + inner).reshape([prod(size) for size in sizes])
+    gram = rows @ rows.mT if outer is row else rows.mT @ rows
+    row_sizes = [term.shape[dim] for dim in row]
+    gram = gram.reshape(sizes[0] + row_sizes + row_sizes)
+    return gram.permute([named.index(axis) for axis in output])
 
 
 @singledispatch
@@ -122,6 +166,9 @@ def _makes_plain_tensors() -> bool:
 def _windows(tensor: Tensor, dim: int, window: Window) -> Tensor:
     """The view of dimension `dim` as (outputs, kernels)."""
     reach = window.dilation * (window.kernels - 1) + 1
+    if any(window.padding):
+        widths = [0, 0] * (tensor.dim() - dim - 1) + list(window.padding)
+        tensor = torch.nn.functional.pad(tensor, widths)
     view = tensor.unfold(dim, reach, window.stride).narrow(dim, 0, window.outputs)
     return view[..., :: window.dilation].movedim(-1, dim + 1)
 

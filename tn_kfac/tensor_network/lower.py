@@ -15,13 +15,19 @@ from itertools import chain
 from math import prod
 from typing import Literal
 
-from tn_kfac.tensor_network.network import Axes, Network, Node, Operand, rename
+from tn_kfac.tensor_network.network import Axes, Leg, Network, Node, Operand, Window, rename
 from tn_kfac.tensor_network.pattern import Pattern, SpatialAxis
 from tn_kfac.tensor_network.simplify import traced
 
 Kind = Literal["forward", "input_vjp", "weight_vjp"]
 MAX_SPATIAL = 3
 """torch convolves over at most so many dimensions."""
+MIN_CHANNELS, MIN_WINDOWS = 8, 1024
+"""Fewer channels per group or windows in all do not make an autocorrelation worth it."""
+MIN_ROWS = 64
+"""Fewer rows of a gram do not make a copy of all windows worth it."""
+MIN_POSITIONS = 32
+"""Fewer positions per example do not make a convolution of per-example gradients worth it."""
 
 
 @dataclass(frozen=True)
@@ -158,8 +164,20 @@ def convolution_call(network: Network) -> Network | None:
         for kind in ("forward", "input_vjp", "weight_vjp"):
             call = _call(network, kind, first, second, patterns)
             if call is not None:
-                return network.rebuilt(nodes=[call])
+                return network.rebuilt(nodes=[call]) if _fits(network, call) else None
     return None
+
+
+def _fits(network: Network, call: ConvolutionCall) -> bool:
+    """Whether torch's convolution beats a matrix product: always, but for per-example VJPs.
+
+    With nothing summed over examples each one is a convolution group of its own.
+    """
+    if call.kind != "weight_vjp" or call.roles[0][0]:
+        return True
+    positions = prod(axis.output_size for axis in call.spatial)
+    patterns = (isinstance(node, Pattern) for node in traced(network)[0].nodes)
+    return positions >= MIN_POSITIONS and any(patterns)
 
 
 def _call(
@@ -253,6 +271,51 @@ def _sizes(network: Network, node: Operand, more: Axes = ()) -> tuple[tuple[str,
     return tuple(sorted((axis, network.size[axis]) for axis in {*node.axes, *more}))
 
 
+def strided_view(network: Network) -> Network | None:
+    """Windows of an operand that is the only one to have the pixels are a strided view."""
+    for pattern in network.nodes:
+        if isinstance(pattern, Pattern) and pattern.is_full and pattern.input:
+            holder = _sole_holder(network, pattern.input)
+            if holder is not None and _view_pays(network, pattern, holder):
+                axis = pattern.axis
+                end = (axis.output_size - 1) * axis.stride + axis.reach
+                padding = (axis.padding[0], max(0, end - axis.padding[0] - axis.input_size))
+                window = Window(
+                    axis.output_size, axis.stride, axis.kernel_size, axis.dilation, padding
+                )
+                assert pattern.output and pattern.kernel
+                viewed = Leg((pattern.output, pattern.kernel), (window,))
+                legs = (viewed if leg.axes == (pattern.input,) else leg for leg in holder.legs)
+                view = Operand(holder.name, tuple(legs))
+                rest = (n for n in network.nodes if n is not pattern)
+                return network.rebuilt(nodes=(view if n is holder else n for n in rest))
+    return None
+
+
+def _view_pays(network: Network, pattern: Pattern, holder: Operand) -> bool:
+    """Whether to copy windows for a matrix product: not for one of few rows.
+
+    An open window axis means that the windows are the result.
+    """
+    if pattern.output in network.output_axes:
+        return True
+    others = (n.axes for n in network.nodes if isinstance(n, Operand) and n is not holder)
+    shared = set(chain.from_iterable(others))
+    rows = (set(holder.axes) | {pattern.kernel}) & set(network.output_axes) - shared
+    own = [p.kernel for p in network.nodes if isinstance(p, Pattern) and p.input in holder.axes]
+    return prod(network.size[a] for a in rows.union(k for k in own if k) if a) >= MIN_ROWS
+
+
+def _sole_holder(network: Network, axis: str) -> Operand | None:
+    """The operand that alone has the axis, as a dimension of its own."""
+    if network.occurrences(axis) != 2:
+        return None
+    for node in network.nodes:
+        if isinstance(node, Operand) and Leg((axis,)) in node.legs:
+            return node
+    return None
+
+
 def square_sum(network: Network) -> Network | None:
     """The same operand twice, with equal axes, is a sum of squares."""
     operands = [n for n in network.nodes if isinstance(n, Operand)]
@@ -291,9 +354,10 @@ def _twin_patterns(
 ) -> list[tuple[Pattern, Pattern]] | None:
     """The patterns in pairs that differ in the operand's copy alone and share windows."""
     pairs = []
-    left = [p for p in patterns if p.is_full and p.input in twins and twins[p.input] != p.input]
+    left = [p for p in patterns if p.is_full and p.input and twins.get(p.input, p.input) != p.input]
     for one in left:
-        partner = [p for p in patterns if p is not one and p.input == twins.get(one.input or "")]
+        twin = twins.get(one.input or "")
+        partner = [p for p in patterns if p is not one and p.input == twin]
         if len(partner) != 1 or one.axis.stride != 1:
             return None
         other = partner[0]
@@ -343,10 +407,14 @@ def pair_work(spatial: Sequence[SpatialAxis]) -> int:
 def _pays(call: Autocorrelation) -> bool:
     """Whether the offsets cost less than the windows, and convolutions run well.
 
-    Convolutions with few channels per group do not: measured on CPU and GPU.
+    They do not with few channels per group; and with few windows in all the work is in
+    arranging the factor, not in forming it (both measured, benchmarks/layer.py).
     """
-    windows = prod(axis.output_size * axis.kernel_size**2 for axis in call.spatial)
-    return call.elements(call.roles[2]) >= 8 and 2 * pair_work(call.spatial) < windows
+    summed, _, row, _ = call.roles
+    windows = call.elements(summed) * prod(axis.output_size for axis in call.spatial)
+    products = prod(axis.output_size * axis.kernel_size**2 for axis in call.spatial)
+    cheap = 2 * pair_work(call.spatial) < products
+    return cheap and call.elements(row) >= MIN_CHANNELS and windows >= MIN_WINDOWS
 
 
 Lowering = Callable[[Network], Network | None]
@@ -358,6 +426,7 @@ PARTS: dict[str, Lowering] = {
     "autocorrelation": autocorrelation,
     "sum of squares": square_sum,
     "window sum": window_sum,
+    "strided view": strided_view,
 }
 """Lowerings of a simplified network, applied while one matches."""
 
@@ -378,7 +447,7 @@ def lower(network: Network, lowerings: Iterable[str] | None = None) -> Lowered:
     """
     allowed = {**WHOLE, **PARTS} if lowerings is None else dict.fromkeys(lowerings)
     for name, lowering in WHOLE.items():
-        lowered = lowering(network) if name in allowed and not _is_matmul(network) else None
+        lowered = lowering(network) if name in allowed else None
         if lowered is not None:
             return Lowered(lowered, (), (name,))
     network, rules = traced(network)
@@ -392,8 +461,3 @@ def lower(network: Network, lowerings: Iterable[str] | None = None) -> Lowered:
                 break
         else:
             return Lowered(network, rules, tuple(used))
-
-
-def _is_matmul(network: Network) -> bool:
-    """Whether simplification leaves no pattern, so that one matrix product does it."""
-    return not any(isinstance(node, Pattern) for node in traced(network)[0].nodes)

@@ -45,12 +45,16 @@ class Node(ABC):
 
 @dataclass(frozen=True)
 class Window:
-    """A strided view of one dimension as two: index = output·stride + kernel·dilation."""
+    """A strided view of one dimension as two: index = output·stride + kernel·dilation.
+
+    Zeros are added in front and behind first, as many as `padding` says.
+    """
 
     outputs: int
     stride: int
     kernels: int
     dilation: int
+    padding: tuple[int, int] = (0, 0)
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from string import ascii_letters
 import opt_einsum
 
 from tn_kfac.tensor_network.lower import Primitive, lower
-from tn_kfac.tensor_network.network import Axes, Network, Node
+from tn_kfac.tensor_network.network import Axes, Network, Node, Operand
 from tn_kfac.tensor_network.simplify import simplify
 
 THOROUGH_UP_TO = 10
@@ -57,6 +57,18 @@ class Plan:
     flops: int
     traffic: int
     peak: int
+
+    @property
+    def copies_windows(self) -> bool:
+        """Whether an operand is viewed through windows, which a matrix product copies."""
+        return any(_has_windows(leaf.node) for leaf in self.leaves)
+
+    @property
+    def owns_result(self) -> bool:
+        """Whether the last value is new, not a view of an operand."""
+        if self.steps:
+            return len(self.steps[-1].inputs) > 1
+        return isinstance(self.leaves[-1].node, Primitive)
 
 
 def einsum_equation(inputs: Sequence[Axes], output: Axes) -> str:
@@ -105,6 +117,8 @@ class _Numbering:
         if key not in self.numbers:
             self.numbers[key] = len(self.leaves)
             self.leaves.append(Leaf(node, shape))
+            if _has_windows(node):
+                self.created.append(prod(shape))  # a matrix product will copy the view
             if isinstance(node, Primitive):
                 self.flops += node.flops
                 self.traffic += node.traffic + prod(shape)
@@ -125,6 +139,10 @@ class _Numbering:
             read = (prod(self.size[a] for a in axes) for _, axes in terms)
             self.traffic += sum(read) + self.created[-1]
         return self.numbers[key]
+
+
+def _has_windows(node: Node) -> bool:
+    return isinstance(node, Operand) and any(any(leg.windows) for leg in node.legs)
 
 
 def _anonymous(node: Node, shape: tuple[int, ...]) -> object:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from itertools import chain
+from itertools import chain, product
 from math import prod
 
 import torch
@@ -25,8 +25,9 @@ Sizes = Mapping[str, int]
 Materialise = Callable[[Operand], Tensor]
 
 CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
-SQUARE_CHUNK = 1 << 20
-"""Elements of one intermediate of squares."""
+CORRELATION_PARTS, CORRELATION_LEAST = 4, 1 << 21
+"""A correlation is taken in so many parts of the batch, but of no fewer elements each:
+cuDNN's workspace grows with a part, and small parts are slow."""
 
 
 def arranged(tensor: Tensor, axes: Axes, roles: Sequence[Axes], sizes: Sizes) -> Tensor:
@@ -122,16 +123,15 @@ def sum_windows(node: WindowSum, sizes: Sizes, tensor_of: Materialise) -> Tensor
 
 
 def sum_squares(node: SquareSum, sizes: Sizes, tensor_of: Materialise) -> Tensor:
-    """Σ x² over the axes that the node does not have, without a copy of x."""
+    """Σ x² over the axes that the node does not have, in one pass without a copy of x."""
     (operand,), x = node.operands, tensor_of(node.operands[0])
     dims = [dim for dim, axis in enumerate(operand.axes) if axis not in node.axes]
     if not dims:
         return x * x
-    if x.is_complex() or dims != [0] or x.numel() <= SQUARE_CHUNK:
+    if x.is_complex():
         return (x * x).sum(dims)
-    rows = max(1, SQUARE_CHUNK // x[0].numel())
-    parts = [part.square().sum(0) for part in x.split(rows)]
-    return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
+    exact = torch.promote_types(x.dtype, torch.float32)
+    return torch.linalg.vector_norm(x, dim=dims, dtype=exact).square().to(x.dtype)
 
 
 def autocorrelate(node: Autocorrelation, sizes: Sizes, tensor_of: Materialise) -> Tensor:
@@ -155,7 +155,10 @@ def autocorrelate(node: Autocorrelation, sizes: Sizes, tensor_of: Materialise) -
 
 
 def _all_windows(x: Tensor, spatial: Sequence[SpatialAxis], groups: int) -> Tensor:
-    """(group, c, k…, c', k'…) summed over every window that meets the image."""
+    """(group, c, k…, c', k'…) summed over every window that meets the image.
+
+    The correlation has the offset k' − k at index k' − k + K − 1 of each dimension.
+    """
     kernels = [a.kernel_size for a in spatial]
     dilation = [a.dilation for a in spatial]
     padding = [(a.kernel_size - 1) * a.dilation for a in spatial]
@@ -163,18 +166,18 @@ def _all_windows(x: Tensor, spatial: Sequence[SpatialAxis], groups: int) -> Tens
     ones, zeros = [1] * len(spatial), [0] * len(spatial)
     offsets = [2 * k - 1 for k in kernels]
     like = x.new_empty(1).expand(x.shape[1], channels, *offsets)
-    correlation = torch.ops.aten.convolution_backward(
-        x, x, like, None, ones, padding, dilation, False, zeros, groups, [False, True, False]
-    )[1]
+    arguments = (like, None, ones, padding, dilation, False, zeros, groups, [False, True, False])
+    rows = max(-(-len(x) // CORRELATION_PARTS), CORRELATION_LEAST // max(1, x[0].numel()), 1)
+    correlation = torch.zeros((), dtype=x.dtype, device=x.device)
+    for part in x.split(rows):
+        correlation = correlation + torch.ops.aten.convolution_backward(part, part, *arguments)[1]
     correlation = correlation.reshape(groups, channels, channels, *offsets)
-    for dim, kernel in enumerate(kernels):
-        # offset δ = k' − k + K − 1 becomes the legs (k, k'), k reversed by unfold
-        unfolded = correlation.unfold(3 + 2 * dim, kernel, 1).flip(3 + 2 * dim)
-        correlation = unfolded.movedim(-1, 4 + 2 * dim)
-    dims = len(spatial)
-    first = [3 + 2 * dim for dim in range(dims)]
-    second = [4 + 2 * dim for dim in range(dims)]
-    return correlation.permute(0, 1, *first, 2, *second).contiguous()
+    factor = x.new_empty(groups, channels, *kernels, channels, *kernels)
+    for offset in product(*(range(k) for k in kernels)):
+        starts = (k - 1 - at for k, at in zip(kernels, offset, strict=True))
+        window = tuple(slice(s, s + k) for s, k in zip(starts, kernels, strict=True))
+        factor[(slice(None), slice(None), *offset)] = correlation[(..., *window)]
+    return factor
 
 
 def _subtract_windows(

@@ -1,0 +1,1 @@
+"""Tests of the public operations against the independent geometry in reference.py."""

@@ -1,0 +1,149 @@
+"""Every argument out of range is named in the error, and then nothing is hooked."""
+
+import inspect
+from typing import Any
+
+import pytest
+import torch
+from optimizers import Mixed, hooks_on
+from torch import nn
+
+from tn_kfac import SINGD
+from tn_kfac.structures import Dense, Diagonal
+
+NAN, INF = float("nan"), float("inf")
+NOT_NUMBERS = [(value, TypeError) for value in ("0.1", None, True, [0.1], 1j)]
+NOT_POSITIVE = [(value, ValueError) for value in (-1e-9, -1, NAN, INF, -INF)]
+NOT_FLAGS = [(value, TypeError) for value in (0, 1, None, "yes")]
+
+BAD: dict[str, list[tuple[Any, type[Exception]]]] = {
+    "lr": [*NOT_NUMBERS, *NOT_POSITIVE, (torch.tensor(-0.1), ValueError),
+           (torch.tensor(NAN), ValueError), (torch.ones(2), (TypeError, ValueError))],
+    "momentum": [*NOT_NUMBERS, *NOT_POSITIVE, (1.0, ValueError), (1.5, ValueError)],
+    "damping": NOT_NUMBERS + NOT_POSITIVE,
+    "alpha1": [*NOT_NUMBERS, *NOT_POSITIVE, (1.0, ValueError)],
+    "weight_decay": NOT_NUMBERS + NOT_POSITIVE,
+    "T": [(1.0, TypeError), ("1", TypeError), (None, TypeError), (True, TypeError),
+          (0, ValueError), (-3, ValueError)],
+    "loss_average": [("mean", ValueError), (True, ValueError), ("sequence", ValueError)],
+    "lr_cov": NOT_NUMBERS + NOT_POSITIVE,
+    "structure": [("wide", ValueError), ("", ValueError), (("dense",) * 3, ValueError),
+                  (("dense",), ValueError), ((), ValueError), (("dense", "wide"), ValueError),
+                  (1, TypeError), (("dense", None), TypeError), (Dense, TypeError)],
+    "structures": [("wide", ValueError), (("dense",) * 3, ValueError), (("dense", 2), TypeError)],
+    "kfac_approx": [("expnad", ValueError), (None, ValueError), (1, ValueError)],
+    "warn_unsupported": NOT_FLAGS,
+    "kfac_like": NOT_FLAGS,
+    "preconditioner_dtype": [("float32", TypeError), (torch.int32, ValueError),
+                             ((torch.float32,) * 3, ValueError), ((torch.float32, 1), TypeError),
+                             (torch.complex64, ValueError)],
+    "init_grad_scale": NOT_NUMBERS + NOT_POSITIVE,
+    "normalize_lr_cov": NOT_FLAGS,
+    "fallback": [("adam", ValueError), (True, ValueError), (0, ValueError)],
+    "fallback_lr": [entry for entry in NOT_NUMBERS + NOT_POSITIVE if entry[0] is not None],
+    "fallback_weight_decay": [e for e in NOT_NUMBERS + NOT_POSITIVE if e[0] is not None],
+}  # fmt: skip
+CASES = [(name, value, error) for name, values in BAD.items() for value, error in values]
+
+
+def test_no_argument_is_left_out():
+    """A new argument must come with its bad values."""
+    assert {*BAD, "model", "params"} == set(inspect.signature(SINGD).parameters)
+
+
+@pytest.mark.parametrize(("name", "value", "error"), CASES)
+def test_bad_value_is_named(name, value, error):
+    """The error starts from the argument's name, so a user finds it."""
+    model = Mixed()
+    with pytest.raises(error, match=name.removesuffix("s") if name == "structures" else name):
+        SINGD(model, **{name: value})
+    assert hooks_on(model) == 0
+
+
+GROUP_KEYS = sorted(BAD.keys() - {"warn_unsupported", "init_grad_scale", "structures"})
+
+
+@pytest.mark.parametrize("name", GROUP_KEYS)
+def test_bad_value_in_a_group_is_named(name):
+    """Groups are checked like arguments; the good group before it is not hooked either."""
+    model = Mixed()
+    value, error = BAD[name][0]
+    groups = [
+        {"params": model.head.parameters()},
+        {"params": model.conv.parameters(), name: value},
+    ]
+    with pytest.raises(error, match=name):
+        SINGD(model, groups)
+    assert hooks_on(model) == 0
+
+
+def _bad_params(model: Mixed) -> dict[str, tuple[Any, type[Exception], str]]:
+    weight = model.head.weight
+    return {
+        "a lone tensor": (weight, TypeError, "params must be an iterable"),
+        "nothing": ([], ValueError, "params is empty"),
+        "an exhausted generator": (iter(()), ValueError, "params is empty"),
+        "a number": ([1.0], TypeError, "params must hold tensors"),
+        "a parameter twice": ([weight, weight], ValueError, "more than once"),
+        "a parameter in two groups": (
+            [{"params": [weight]}, {"params": [weight]}], ValueError, "more than once"
+        ),
+        "a parameter of another model": (Mixed().parameters(), ValueError, "not a parameter"),
+        "a set": ([{"params": {weight}}], TypeError, "ordered"),
+        "a group without params": ([{"lr": 0.1}], (KeyError, ValueError, TypeError), "params"),
+        "a module": (model, TypeError, "params|iterable"),
+        "a group among parameters": ([weight, {"params": []}], TypeError, "params"),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("case", _bad_params(Mixed()))
+def test_bad_params_are_explained(case):
+    """What `params` may not be, and what to pass instead."""
+    model = Mixed()
+    params, error, message = _bad_params(model)[case]
+    with pytest.raises(error, match=message):
+        SINGD(model, params)
+    assert hooks_on(model) == 0
+
+
+@pytest.mark.parametrize("model", [None, [nn.Linear(2, 2)], nn.Linear, "model"], ids=str)
+def test_model_must_be_a_module(model):
+    """Parameters in the place of the model are the likely mistake."""
+    with pytest.raises(TypeError, match="model must be"):
+        SINGD(model)
+
+
+def test_model_without_parameters():
+    with pytest.raises(ValueError, match="params is empty"):
+        SINGD(nn.ReLU())
+
+
+def test_structure_and_structures_exclude_each_other():
+    model = Mixed()
+    with pytest.raises(ValueError, match="structure='dense' and structures="):
+        SINGD(model, structure="dense", structures=("dense", "dense"))
+    assert hooks_on(model) == 0
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "expected"),
+    [
+        ("structure", "dense", ("dense", "dense")),
+        ("structure", Dense(), ("dense", "dense")),
+        ("structure", ("dense", Diagonal()), ("dense", "diagonal")),
+        ("structure", ["dense", "diagonal"], ("dense", "diagonal")),
+        ("structures", ("diagonal", "dense"), ("diagonal", "dense")),
+        ("structure", None, ("diagonal", "diagonal")),
+    ],
+)
+def test_ways_to_name_structures(option, value, expected):
+    """A name, a spec or a pair; diagonal by default."""
+    optimizer = SINGD(Mixed(), **{option: value})
+    assert optimizer.param_groups[0]["structure"] == expected
+
+
+@pytest.mark.parametrize("value", [0, 0.0, 1, 0.5, 1e-30, torch.tensor(0.1)], ids=str)
+def test_numbers_of_any_kind_are_taken(value):
+    """Zero, integers and tensors of one element are numbers."""
+    optimizer = SINGD(Mixed(), lr=value, fallback_lr=value)
+    assert all(group["lr"] == value for group in optimizer.param_groups)
