@@ -13,8 +13,9 @@ from tensor_network.oracle import evaluate
 from tensor_network.strategies import derived, forwards, integers, networks, tensors_of
 from tn_kfac.tensor_network import execute as module
 from tn_kfac.tensor_network.execute import einsum_expression, execute
-from tn_kfac.tensor_network.network import Network, operand
+from tn_kfac.tensor_network.network import Delta, Network, operand
 from tn_kfac.tensor_network.pattern import Pattern, SpatialAxis
+from tn_kfac.tensor_network.simplify import simplify
 from tn_kfac.tensor_network.slicing import plan
 
 OPTIONS = st.sampled_from([(False, False), (True, False), (True, True)])  # simplified, lowered
@@ -47,6 +48,48 @@ def test_equation_has_the_value_of_the_network(drawn, simplified):
 def test_slices_have_the_value_of_the_network(drawn, options, limit):
     sliced = plan(drawn.network, *options, memory_limit=limit)
     close(execute(sliced, drawn.tensors), evaluate(drawn.network, drawn.tensors))
+
+
+def of_sizes(nodes, output, **sizes):
+    return Network.build(nodes, [(axis,) for axis in output], sizes)
+
+
+# Two windows of one pixel, side by side: the identity.
+IDENTITY = Pattern(SpatialAxis(2, 1), "k", "o", "i")
+CONSTANT = {
+    # The gradient of a sum over a is constant along a.
+    "of a sum": of_sizes([operand("x", "a", "b")], "b", a=2, b=3).vjp("x", "v"),
+    # Σ_k Σ_o Π[k, o, i]: how often a pixel is met, here once.
+    "window counts": of_sizes([IDENTITY, operand("x", "b")], "bi", k=1, o=2, i=2, b=3),
+    # δ(a, a) is a vector of ones.
+    "delta": of_sizes([Delta("a", "a"), operand("x", "b")], "ab", a=2, b=3),
+    "two deltas": of_sizes([Delta("a", "c"), Delta("c", "a"), operand("x", "b")], "ab",
+                           a=2, b=3, c=2),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("network", CONSTANT.values(), ids=CONSTANT)
+@pytest.mark.parametrize("options", [(False, False), (True, False), (True, True)])
+def test_results_may_be_constant_along_an_axis(network, options):
+    """An output axis that no node has (any more) is broadcast."""
+    tensors = tensors_of(network)
+    expected = evaluate(network, tensors)
+    close(execute(plan(network, *options), tensors), expected)
+    equation, operands, shape = einsum_expression(network, tensors, options[0])
+    close(torch.einsum(equation, *operands).reshape(shape), expected)
+
+
+@pytest.mark.parametrize("limit", [1, 3, 10**6])
+def test_strided_views_are_not_cut(limit):
+    """The batch may be sliced, but not the windows: their dimension has other pixels."""
+    axis = SpatialAxis(9, 2, stride=3)
+    nodes = [Pattern(axis, "k", "o", "i"), operand("x", "n", "i"), operand("w", "k", "d")]
+    sizes = {"n": 4, "k": 2, "o": 3, "i": 9, "d": 5, "e": 6}
+    network = of_sizes([*nodes, operand("u", "d", "e")], "noe", **sizes)
+    tensors = tensors_of(network)
+    for given_network in (network, simplify(network)):
+        sliced = plan(given_network, True, True, memory_limit=limit)
+        close(execute(sliced, tensors), evaluate(network, tensors))
 
 
 @given(forwards(dims=2), st.integers(1, 200))

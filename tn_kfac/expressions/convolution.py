@@ -83,7 +83,8 @@ def conv_input_jvp(
     simplify: bool = True,
 ) -> Expression:
     """Derivative along a tangent (n, c, *in) of the input; shape (n, d, *out)."""
-    conv = of_pair(tangent, weight, stride, padding, dilation, groups)
+    names = ("tangent", "weight")
+    conv = of_pair(tangent, weight, stride, padding, dilation, groups, names)
     return Expression(conv.network().jvp("x", "tangent"), simplify)
 
 
@@ -98,7 +99,8 @@ def conv_weight_jvp(
     simplify: bool = True,
 ) -> Expression:
     """Derivative along a tangent (d, c/groups, *k) of the weight; shape (n, d, *out)."""
-    conv = of_pair(x, tangent, stride, padding, dilation, groups)
+    names = ("x", "tangent")
+    conv = of_pair(x, tangent, stride, padding, dilation, groups, names)
     return Expression(conv.network().jvp("weight", "tangent"), simplify)
 
 

@@ -19,7 +19,13 @@ from tn_kfac.tensor_network.rows import Approx, Rows, channel_rows
 
 
 def _factor(rows: Rows, approx: Approx, tied: Axes = ()) -> Network:
-    """The normalised factor with the axes `tied` on its diagonal."""
+    """The normalised factor with the axes `tied` on its diagonal.
+
+    Raises:
+        ValueError: If the batch is empty.
+    """
+    if rows.samples == 0:
+        raise ValueError("x has an empty batch, whose mean does not exist: skip such batches")
     return rows.factor(approx, mean=True, tied=tied).scaled(Fraction(1, rows.samples))
 
 

@@ -108,7 +108,9 @@ class Operation(Generic[P]):
         positional += args[len(self._names) :]  # too many: the function itself complains
         named = {name: self._symbol(name, value, tensors) for name, value in kwargs.items()}
         _check_alike(tensors)
-        return self._derive(*positional, **named), tensors
+        expression = self._derive(*positional, **named)
+        _check_scale(expression.network, tensors)
+        return expression, tensors
 
     def _symbol(self, name: str, value: Any, tensors: dict[str, Tensor]) -> Any:
         """The hashable stand-in of an argument; tensors are collected."""
@@ -117,7 +119,11 @@ class Operation(Generic[P]):
                 raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
             tensors[name] = value
             return Shaped(tuple(value.shape))
-        return _hashable(value)
+        if name == "simplify":
+            if not isinstance(value, bool):
+                raise TypeError(f"simplify must be True or False, got {value!r}")
+            return value
+        return _hashable(name, value)
 
 
 def operation(derive: Callable[P, Expression]) -> Operation[P]:
@@ -129,8 +135,16 @@ def operation(derive: Callable[P, Expression]) -> Operation[P]:
     return Operation(derive)
 
 
-def _hashable(value: Any) -> Any:
-    return tuple(map(_hashable, value)) if isinstance(value, (list, tuple)) else value
+def _hashable(name: str, value: Any) -> Any:
+    """Integers and strings, in tuples.
+
+    Anything else is refused before the cache can take 3.0 or True for an integer.
+    """
+    if isinstance(value, (list, tuple)):
+        return tuple(_hashable(name, entry) for entry in value)
+    if isinstance(value, bool) or not isinstance(value, (int, str)):
+        raise TypeError(f"{name} must be made of integers, got {value!r}")
+    return value
 
 
 def _check_alike(tensors: Mapping[str, Tensor]) -> None:
@@ -138,3 +152,12 @@ def _check_alike(tensors: Mapping[str, Tensor]) -> None:
     if len(kinds) > 1:
         shown = ", ".join(f"{name} is {t.dtype} on {t.device}" for name, t in tensors.items())
         raise ValueError(f"tensors must share dtype and device, but {shown}: convert with .to()")
+
+
+def _check_scale(network: Network, tensors: Mapping[str, Tensor]) -> None:
+    """A mean of integers is no integer."""
+    for name, tensor in tensors.items():
+        if network.scale != 1 and not (tensor.is_floating_point() or tensor.is_complex()):
+            raise TypeError(
+                f"{name} is {tensor.dtype}, but the result is a mean: convert it with .float()"
+            )

@@ -7,6 +7,7 @@ expectation over the sample is the exact VJP (https://arxiv.org/abs/2307.02275, 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import lru_cache
 from math import ceil
 from typing import Any
 
@@ -85,6 +86,11 @@ class RandomizedOperation:
         return sampled
 
 
+@lru_cache(maxsize=1024)
+def _sampled_network(network: Network, name: str, axis: str, kept: int) -> Network:
+    return network.sampled(name, axis, kept, f"sample {axis}")
+
+
 def _sample(
     sampled: Sampled,
     name: str,
@@ -94,6 +100,8 @@ def _sample(
     generator: torch.Generator | None,
 ) -> Sampled:
     """Sample one axis of one operand."""
+    if isinstance(keep, bool) or not isinstance(keep, (int, float)):
+        raise TypeError(f"keep_{what} must be a number in (0, 1], got {keep!r}")
     if not 0.0 < keep <= 1.0:
         raise ValueError(f"keep_{what} must be in (0, 1], got {keep!r}")
     if keep == 1.0:
@@ -110,7 +118,7 @@ def _sample(
     split = tensor.unflatten(dim, [network.size[a] for a in legs[dim].axes])
     inner = dim + legs[dim].axes.index(axis)
     selected = split.index_select(inner, index).flatten(dim, dim + len(legs[dim].axes) - 1)
-    network = network.sampled(name, axis, kept, f"sample {axis}")
+    network = _sampled_network(network, name, axis, kept)
     return network, {**tensors, name: selected, f"sample {axis}": selector}
 
 

@@ -31,12 +31,19 @@ def check_shape(name: str, shape: Sequence[int], expected: Sequence[int]) -> Non
 
 
 def of_pair(
-    x: Tensor, weight: Tensor, stride: Ints, padding: Padding, dilation: Ints, groups: int
+    x: Tensor,
+    weight: Tensor,
+    stride: Ints,
+    padding: Padding,
+    dilation: Ints,
+    groups: int,
+    names: tuple[str, str] = ("x", "weight"),
 ) -> Convolution:
-    """From input and weight."""
-    out_channels, _, *kernel = _ranked("weight", weight.shape, len(x.shape))
+    """From input and weight, whose names are those of the caller's arguments."""
+    _ranked(names[0], x.shape, 3)
+    out_channels, _, *kernel = _ranked(names[1], weight.shape, len(x.shape))
     conv = convolution(x.shape, tuple(kernel), stride, padding, dilation, groups, out_channels)
-    check_shape("weight", weight.shape, (out_channels, conv.in_channels, *kernel))
+    check_shape(names[1], weight.shape, (out_channels, conv.in_channels, *kernel))
     return conv
 
 

@@ -12,10 +12,12 @@ from torch import Tensor
 from tn_kfac.tensor_network.lower import Primitive
 from tn_kfac.tensor_network.network import Delta, Network, Node, Operand, Window
 from tn_kfac.tensor_network.pattern import Pattern
-from tn_kfac.tensor_network.plan import Plan, einsum_equation
+from tn_kfac.tensor_network.plan import Plan, Step, einsum_equation
 from tn_kfac.tensor_network.primitives import PRIMITIVES
 from tn_kfac.tensor_network.simplify import simplify
 from tn_kfac.tensor_network.slicing import AnyPlan, Sliced
+
+HALF = (torch.float16, torch.bfloat16)
 
 
 def execute(plan: AnyPlan, tensors: Mapping[str, Tensor]) -> Tensor:
@@ -31,17 +33,31 @@ def _in_steps(plan: Plan, tensors: Mapping[str, Tensor]) -> Tensor:
     values: list[Tensor | None] = [
         materialise(leaf.node, leaf.shape, tensors, like) for leaf in plan.leaves
     ]
+    scale = plan.scale
     for step in plan.steps:
+        if step is plan.steps[-1] and _is_half_gram(step, scale, like.dtype):
+            number = step.inputs[0]
+            values[number] = values[number] * scale**0.5  # type: ignore[operator]
+            scale = 1.0
         values.append(contract(step.equation, [values[i] for i in step.inputs]))  # type: ignore[misc]
         for number in step.frees:
             values[number] = None
     result = values[-1]
     assert result is not None
     result = result.reshape(plan.shape)
-    if plan.scale == 1.0:
+    if scale == 1.0:
         return result
     ours = plan.owns_result and not result.requires_grad
-    return result.mul_(plan.scale) if ours else result * plan.scale
+    return result.mul_(scale) if ours else result * scale
+
+
+def _is_half_gram(step: Step, scale: float, dtype: torch.dtype) -> bool:
+    """Whether the scale of a product of a value with itself must come before it.
+
+    In half precision the sum could overflow and the scale underflow.
+    """
+    twice = len(step.inputs) == 2 and len(set(step.inputs)) == 1
+    return twice and scale != 1.0 and scale > 0 and dtype in HALF
 
 
 def _in_slices(plan: Sliced, tensors: Mapping[str, Tensor]) -> Tensor:
@@ -206,8 +222,9 @@ def einsum_expression(
 ) -> tuple[str, list[Tensor], tuple[int, ...]]:
     """(equation, operands, shape): `torch.einsum(equation, *operands).reshape(shape)`.
 
-    The scale of the network becomes an operand without axes. Tensors other than views of
-    the caller's are new, so they may be written to.
+    The scale of the network becomes an operand without axes; in half precision, where it
+    could underflow, it is spread over the caller's tensors. Tensors other than views of the
+    caller's are new, so they may be written to.
     """
     if simplified:
         network = simplify(network)
@@ -218,7 +235,12 @@ def einsum_expression(
         shape = tuple(network.size[a] for a in node.axes)
         tensor = materialise(node, shape, tensors, like)
         operands.append(tensor.clone() if isinstance(node, Pattern) else tensor)
-    if network.scale != 1:
+    count = sum(isinstance(node, Operand) for node in network.nodes)
+    if network.scale > 0 and network.scale != 1 and like.dtype in HALF and count:
+        share = float(network.scale) ** (1 / count)
+        for at, node in enumerate(network.nodes):
+            operands[at] = operands[at] * share if isinstance(node, Operand) else operands[at]
+    elif network.scale != 1:
         inputs.append(())
         operands.append(torch.full((), float(network.scale), dtype=like.dtype, device=like.device))
     return einsum_equation(inputs, network.output_axes), operands, network.shape

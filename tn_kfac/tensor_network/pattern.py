@@ -79,8 +79,8 @@ class Pattern(Node):
 
     @property
     def is_full(self) -> bool:
-        """Whether no leg has been summed over."""
-        return None not in self.legs
+        """Whether no leg has been summed over, nor identified with another."""
+        return None not in self.legs and len(set(self.legs)) == 3
 
     def renamed(self, names: Mapping[str, str]) -> Pattern:
         kernel, output, input = (leg and names.get(leg, leg) for leg in self.legs)

@@ -62,9 +62,17 @@ def _symmetric(spatial: Sequence[SpatialAxis]) -> list[int] | None:
     return padding if windows == [a.output_size for a in spatial] else None
 
 
-def _flat(widths: Sequence[tuple[int, int]]) -> list[int]:
-    """Widths in the order of `torch.nn.functional.pad`."""
-    return list(chain.from_iterable(reversed(widths)))
+def _padded(x: Tensor, widths: Sequence[tuple[int, int]]) -> Tensor:
+    """The spatial dimensions with zeros added on both sides; negative widths crop.
+
+    Zeros come first, so that one side may crop all that the other has added.
+    """
+    added = [(max(left, 0), max(right, 0)) for left, right in widths]
+    x = F.pad(x, list(chain.from_iterable(reversed(added))))
+    for dim, (left, right) in enumerate(widths):
+        start, end = max(-left, 0), max(-right, 0)
+        x = x.narrow(2 + dim, start, x.shape[2 + dim] - start - end)
+    return x
 
 
 def _strides(node: ConvolutionCall) -> tuple[list[int], list[int]]:
@@ -75,7 +83,7 @@ def _forward(node: ConvolutionCall, x: Tensor, weight: Tensor) -> Tensor:
     stride, dilation = _strides(node)
     padding = _symmetric(node.spatial)
     if padding is None:
-        x, padding = F.pad(x, _flat(_paddings(node.spatial))), [0] * len(stride)
+        x, padding = _padded(x, _paddings(node.spatial)), [0] * len(stride)
     call = CONVOLUTIONS[len(stride)]
     return call(x, weight, None, stride, padding, dilation, node.group_size)
 
@@ -88,13 +96,15 @@ def _input_vjp(node: ConvolutionCall, v: Tensor, weight: Tensor) -> Tensor:
     channels = weight.shape[1] * node.group_size
     like = v.new_empty(1).expand(v.shape[0], channels, *shape)
     gradient = _backward(node, v, like, weight, widths is not None, 0)
-    return gradient if widths is None else F.pad(gradient, [-w for w in _flat(widths)])
+    if widths is None:
+        return gradient
+    return _padded(gradient, [(-left, -right) for left, right in widths])
 
 
 def _weight_vjp(node: ConvolutionCall, x: Tensor, v: Tensor) -> Tensor:
     padded = _symmetric(node.spatial) is None
     if padded:
-        x = F.pad(x, _flat(_paddings(node.spatial)))
+        x = _padded(x, _paddings(node.spatial))
     kernel = [a.kernel_size for a in node.spatial]
     like = x.new_empty(1).expand(v.shape[1], x.shape[1] // node.group_size, *kernel)
     return _backward(node, v, x, like, padded, 1)

@@ -28,21 +28,18 @@ Rule = Callable[[Network], Network | None]
 def delta(network: Network) -> Network | None:
     """δ(a, b) contracts away: b takes the name a, unless both are outputs.
 
-    δ(a, a) is a vector of ones: nothing where a occurs elsewhere, its size otherwise.
+    An axis that nothing else has is then summed over ones: its size is a factor.
     """
     for node in network.nodes:
-        if isinstance(node, Delta):
-            kept, gone = node.axes
-            if kept == gone:
-                rest = (n for n in network.nodes if n is not node)
-                alone = network.occurrences(kept) == 2
-                factor = network.size[kept] if alone else 1
-                return network.rebuilt(nodes=rest).scaled(factor)
-            if gone in network.output_axes:
-                kept, gone = gone, kept
-            if gone not in network.output_axes:
-                rest = (n for n in network.nodes if n is not node)
-                return network.rebuilt(nodes=rest).renamed({gone: kept})
+        if not isinstance(node, Delta):
+            continue
+        kept, gone = node.axes
+        if kept != gone and gone in network.output_axes:
+            kept, gone = gone, kept
+        if kept == gone or gone not in network.output_axes:
+            rest = network.rebuilt(nodes=(n for n in network.nodes if n is not node))
+            named = {kept, gone} & rest.size.keys()
+            return rest.renamed({gone: kept}) if named else rest.scaled(network.size[kept])
     return None
 
 
@@ -91,7 +88,7 @@ def _unfold(network: Network, pattern: Pattern) -> Network | None:
             return None
         groups = (substitute(group, input, (output, kernel)) for group in network.output)
         return network.rebuilt(nodes=rest, output=groups)
-    holder = next(n for n in rest if input in n.axes)
+    holder = next((n for n in rest if input in n.axes), None)
     if not isinstance(holder, Operand):
         return None
     leg = next(leg for leg in holder.legs if input in leg.axes)
