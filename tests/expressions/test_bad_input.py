@@ -207,8 +207,8 @@ def test_wrong_arguments(name):
         operation(*tensors.values(), **hyper, colour=1)
     with pytest.raises(TypeError, match=next(reversed(tensors))):
         operation(*list(tensors.values())[:-1], **hyper)
-    with pytest.raises(TypeError, match="argument"):
-        operation(*tensors.values(), *[1] * 20)
+    with pytest.raises(TypeError):
+        operation(*tensors.values(), *hyper.values(), *[True] * 20)
 
 
 @pytest.mark.parametrize("name", [name for name in CALLS if name.startswith("kfac")])
@@ -218,7 +218,7 @@ def test_no_mean_over_an_empty_batch(name):
     if name.endswith("gradient"):  # a sum
         assert not getattr(expressions, name)(tensor[:0], **hyper).any()
         return
-    with pytest.raises(ValueError, match=rf"{key} has shape \(0, "):
+    with pytest.raises(ValueError, match=rf"{key} has .*batch"):
         getattr(expressions, name)(tensor[:0], **hyper)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tn_kfac.expressions.operation import Expression, operation
 from tn_kfac.expressions.shapes import of_input, of_transposed_input
-from tn_kfac.tensor_network.convolution import Ints, Padding
+from tn_kfac.tensor_network.convolution import Ints, Padding, require_int
 from tn_kfac.tensor_network.network import Axes, Network
 from tn_kfac.tensor_network.rows import Approx, Rows, channel_rows
 
@@ -25,7 +25,8 @@ def _factor(rows: Rows, approx: Approx, tied: Axes = ()) -> Network:
         ValueError: If the batch is empty.
     """
     if rows.samples == 0:
-        raise ValueError("x has an empty batch, whose mean does not exist: skip such batches")
+        shape = rows.network.operand_shape("x")
+        raise ValueError(f"x has shape {shape}: an empty batch has no mean, so skip it")
     return rows.factor(approx, mean=True, tied=tied).scaled(Fraction(1, rows.samples))
 
 
@@ -176,7 +177,7 @@ def kfac_reduce_gradient(v: Tensor, groups: int = 1, simplify: bool = True) -> E
 
 
 def _gradient_rows(v: Tensor, groups: int) -> Rows:
-    if len(v.shape) < 2 or groups < 1 or v.shape[1] % groups:
+    if len(v.shape) < 2 or v.shape[1] % require_int("groups", groups, 1):
         raise ValueError(
             f"v has shape {tuple(v.shape)} and groups={groups}: expected (batch, channels, "
             "*spatial) with channels divisible by groups"

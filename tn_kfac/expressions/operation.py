@@ -121,7 +121,7 @@ class Operation(Generic[P]):
             return Shaped(tuple(value.shape))
         if name == "simplify":
             if not isinstance(value, bool):
-                raise TypeError(f"simplify must be True or False, got {value!r}")
+                raise TypeError(f"argument simplify must be True or False, got {value!r}")
             return value
         return _hashable(name, value)
 

@@ -191,7 +191,7 @@ def _spatial(
 
 
 def _check_groups(in_channels: int, out_channels: int, groups: int) -> None:
-    _require_int("groups", groups, 1)
+    require_int("groups", groups, 1)
     for name, channels in (("input", in_channels), ("output", out_channels)):
         if channels % groups:
             raise ValueError(
@@ -200,7 +200,13 @@ def _check_groups(in_channels: int, out_channels: int, groups: int) -> None:
             )
 
 
-def _require_int(name: str, value: object, least: int) -> int:
+def require_int(name: str, value: object, least: int) -> int:
+    """The value, which must be an integer of at least `least`.
+
+    Raises:
+        TypeError: If it is no integer.
+        ValueError: If it is too small.
+    """
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be made of integers, got {value!r}")
     if value < least:
@@ -220,7 +226,7 @@ def _per_axis(name: str, value: Ints, dims: int, least: int) -> tuple[int, ...]:
             f"{name}={value!r} has {len(values)} entries for {dims} spatial dimensions: give one "
             "integer, or one per dimension"
         )
-    return tuple(_require_int(name, entry, least) for entry in values)
+    return tuple(require_int(name, entry, least) for entry in values)
 
 
 def _paddings(
@@ -249,6 +255,6 @@ def _paddings(
                 f"padding={padding!r} must hold one (left, right) pair for each of the {dims} "
                 "spatial dimensions"
             )
-        left, right = (tuple(_require_int("padding", p[side], 0) for p in pairs) for side in (0, 1))
+        left, right = (tuple(require_int("padding", p[side], 0) for p in pairs) for side in (0, 1))
         return tuple(zip(left, right, strict=True)) * (dims if len(pairs) == 1 else 1)
     return tuple((p, p) for p in _per_axis("padding", padding, dims, 0))  # type: ignore[arg-type]

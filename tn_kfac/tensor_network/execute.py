@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tn_kfac.tensor_network.lower import Primitive
-from tn_kfac.tensor_network.network import Delta, Network, Node, Operand, Window
+from tn_kfac.tensor_network.network import Delta, Network, Node, Ones, Operand, Window
 from tn_kfac.tensor_network.pattern import Pattern
 from tn_kfac.tensor_network.plan import Plan, Step, einsum_equation
 from tn_kfac.tensor_network.primitives import PRIMITIVES
@@ -153,6 +153,11 @@ def _(node: Operand, shape: tuple[int, ...], tensors: Mapping[str, Tensor], like
 
 
 @materialise.register
+def _(node: Ones, shape: tuple[int, ...], tensors: Mapping[str, Tensor], like: Tensor) -> Tensor:
+    return torch.ones(shape, dtype=like.dtype, device=like.device)
+
+
+@materialise.register
 def _(node: Delta, shape: tuple[int, ...], tensors: Mapping[str, Tensor], like: Tensor) -> Tensor:
     return torch.eye(shape[0], dtype=like.dtype, device=like.device)
 
@@ -228,6 +233,7 @@ def einsum_expression(
     """
     if simplified:
         network = simplify(network)
+    network = network.closed()
     like = next(iter(tensors.values()))
     inputs, operands = [], []
     for node in network.nodes:

@@ -105,6 +105,20 @@ class Delta(Node):
         return Delta(*rename(self.axes, names))
 
 
+@dataclass(frozen=True)
+class Ones(Node):
+    """A vector of ones: the result is constant along the axis."""
+
+    axis: str
+
+    @property
+    def axes(self) -> Axes:
+        return (self.axis,)
+
+    def renamed(self, names: Mapping[str, str]) -> Ones:
+        return Ones(*rename(self.axes, names))
+
+
 def operand(name: str, *legs: str | Axes) -> Operand:
     """An operand with one leg per dimension: a word, or a tuple of words for a product."""
     return Operand(name, tuple(Leg((leg,) if isinstance(leg, str) else leg) for leg in legs))
@@ -159,6 +173,17 @@ class Network:
     def operand(self, name: str) -> Operand:
         """The first operand called `name`."""
         return next(n for n in self.nodes if isinstance(n, Operand) and n.name == name)
+
+    def operand_shape(self, name: str) -> tuple[int, ...]:
+        """The shape of the tensor that operand `name` stands for (without windows)."""
+        legs = self.operand(name).legs
+        return tuple(prod(self.size[axis] for axis in leg.axes) for leg in legs)
+
+    def closed(self) -> Network:
+        """The network with a vector of ones for each output axis that no node has."""
+        held = set(chain.from_iterable(node.axes for node in self.nodes))
+        missing = [axis for axis in dict.fromkeys(self.output_axes) if axis not in held]
+        return self.rebuilt(nodes=(*self.nodes, *map(Ones, missing))) if missing else self
 
     def occurrences(self, axis: str) -> int:
         """How often `axis` occurs in nodes and output."""
@@ -243,10 +268,11 @@ class Network:
         """Σ T[keep, other, rows] · T[keep, other, rows'] over all other output axes.
 
         Output dimensions: one for each axis in `keep`, then `rows` and the primed
-        `rows` as one dimension each.
+        `rows` as one dimension each (with one prime more than any axis has).
         """
         shared = set(self.output_axes) - set(rows)
-        primed = {axis: f"{axis}'" for axis, _ in self.sizes if axis not in shared}
+        primes = "'" * (1 + max((axis.count("'") for axis, _ in self.sizes), default=0))
+        primed = {axis: axis + primes for axis, _ in self.sizes if axis not in shared}
         copies = (node.renamed(primed) for node in self.nodes)
         return self.rebuilt(
             nodes=(*self.nodes, *copies),

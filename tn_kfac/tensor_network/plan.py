@@ -156,6 +156,7 @@ def plan_whole(network: Network, simplified: bool = True, lowered: bool = True) 
     """The plan of a network, simplified and lowered first unless told not to."""
     if simplified:
         network = lower(network).network if lowered else simplify(network)
+    network = network.closed()
     values = _Numbering(network)
     numbers = [values.leaf(node) for node in network.nodes]
     terms = [
