@@ -24,8 +24,8 @@ MAX_SPATIAL = 3
 """torch convolves over at most so many dimensions."""
 MIN_CHANNELS, MIN_WINDOWS = 8, 1024
 """Fewer channels per group or windows in all do not make an autocorrelation worth it."""
-MIN_ROWS = 64
-"""Fewer rows of a gram do not make a copy of all windows worth it."""
+MIN_ROWS, MANY_GROUPS = 64, 16
+"""Many grams of fewer rows do not make a copy of all windows worth it."""
 MIN_POSITIONS = 32
 """Fewer positions per example do not make a convolution of per-example gradients worth it."""
 
@@ -293,7 +293,7 @@ def strided_view(network: Network) -> Network | None:
 
 
 def _view_pays(network: Network, pattern: Pattern, holder: Operand) -> bool:
-    """Whether to copy windows for a matrix product: not for one of few rows.
+    """Whether to copy windows for a matrix product: not for many groups of few rows each.
 
     An open window axis means that the windows are the result.
     """
@@ -301,9 +301,12 @@ def _view_pays(network: Network, pattern: Pattern, holder: Operand) -> bool:
         return True
     others = (n.axes for n in network.nodes if isinstance(n, Operand) and n is not holder)
     shared = set(chain.from_iterable(others))
-    rows = (set(holder.axes) | {pattern.kernel}) & set(network.output_axes) - shared
-    own = [p.kernel for p in network.nodes if isinstance(p, Pattern) and p.input in holder.axes]
-    return prod(network.size[a] for a in rows.union(k for k in own if k) if a) >= MIN_ROWS
+    open_axes = set(network.output_axes)
+    own = {p.kernel for p in network.nodes if isinstance(p, Pattern) and p.input in holder.axes}
+    rows = (set(holder.axes) & open_axes) - shared | own
+    groups = set(holder.axes) & open_axes & shared
+    row_count, group_count = (prod(network.size[a] for a in axes if a) for axes in (rows, groups))
+    return row_count >= MIN_ROWS or group_count < MANY_GROUPS
 
 
 def _sole_holder(network: Network, axis: str) -> Operand | None:
