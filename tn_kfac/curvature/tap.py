@@ -85,7 +85,7 @@ class LayerTap:
         """Forward hook: replace the output by its tapped self where gradients will flow."""
         if not (self.enabled and torch.is_grad_enabled() and output.requires_grad):
             return None
-        if not self._trains(module) or _transformed():
+        if _transformed() or not self._trains(module):
             return None
         x: Tensor = args[0] if args else kwargs["input"]
         saved = x if self.recipe.has_weight else None
@@ -94,7 +94,7 @@ class LayerTap:
     def _trains(self, module: nn.Module) -> bool:
         """Whether one of the parameters takes gradients now."""
         names = ("weight",) * self.recipe.has_weight + ("bias",) * self.recipe.has_bias
-        return any(module.get_parameter(name).requires_grad for name in names)
+        return any(getattr(module, name).requires_grad for name in names)
 
     def _samples(self) -> Samples:
         """Those of the model's forward pass, also where it is recomputed in a backward pass."""
