@@ -15,8 +15,10 @@ from tn_kfac.tensor_network.pattern import Pattern
 from tn_kfac.tensor_network.plan import Plan, Step, einsum_equation
 from tn_kfac.tensor_network.primitives import PRIMITIVES
 from tn_kfac.tensor_network.simplify import simplify
-from tn_kfac.tensor_network.slicing import AnyPlan, Sliced
+from tn_kfac.tensor_network.slicing import DEFAULT_LIMIT, AnyPlan, Sliced
 
+SMALL_ROWS, MANY_GRAMS = 64, 2048
+"""Grams of fewer rows are split up until there are so many."""
 HALF = (torch.float16, torch.bfloat16)
 
 
@@ -109,6 +111,19 @@ def _summed(axes: str, output: str, term: Tensor) -> Tensor:
     return term.permute([left.index(axis) for axis in output])
 
 
+def _split(term: Tensor, kept: list[int], summed: list[int], row: list[int]) -> list[int]:
+    """Leading summed dimensions to keep for now: few small grams do not fill a GPU."""
+    rows, batch = (prod(term.shape[dim] for dim in dims) for dims in (row, kept))
+    split: list[int] = []
+    for dim in summed[:-1]:
+        grams = batch * term.shape[dim]
+        if rows >= SMALL_ROWS or batch >= MANY_GRAMS or grams * rows * rows > DEFAULT_LIMIT:
+            break
+        split.append(dim)
+        batch = grams
+    return split
+
+
 def _gram(first: str, second: str, output: str, term: Tensor) -> Tensor:
     """Σ t[kept, summed, row] t[kept, summed, row'], with t as one matrix per kept index.
 
@@ -122,6 +137,8 @@ def _gram(first: str, second: str, output: str, term: Tensor) -> Tensor:
     named = "".join(first[d] for d in kept + row) + "".join(second[d] for d in row)
     if sorted(named) != sorted(output):  # the copies share an axis in different places
         return torch.einsum(f"{first},{second}->{output}", term, term)
+    split = _split(term, kept, summed, row) if term.is_cuda else []
+    kept, summed = split + kept, summed[len(split) :]
     inner = summed if any(term.stride(dim) == 1 and term.shape[dim] > 1 for dim in summed) else row
     outer = row if inner is summed else summed
     sizes = [[term.shape[dim] for dim in dims] for dims in (kept, outer, inner)]
@@ -129,6 +146,7 @@ def _gram(first: str, second: str, output: str, term: Tensor) -> Tensor:
     gram = rows @ rows.mT if outer is row else rows.mT @ rows
     row_sizes = [term.shape[dim] for dim in row]
     gram = gram.reshape(sizes[0] + row_sizes + row_sizes)
+    gram = gram.sum(tuple(range(len(split)))) if split else gram
     return gram.permute([named.index(axis) for axis in output])
 
 
