@@ -87,14 +87,25 @@ class LayerTap:
             return None
         if _transformed() or not self._trains(module):
             return None
+        self._forget_discarded(module)
         x: Tensor = args[0] if args else kwargs["input"]
         saved = x if self.recipe.has_weight else None
         return Tap.apply(output, saved, self, self._samples(), *self._probes_on(output.device))
 
     def _trains(self, module: nn.Module) -> bool:
         """Whether one of the parameters takes gradients now."""
+        return any(parameter.requires_grad for parameter in self._parameters(module))
+
+    def _parameters(self, module: nn.Module) -> list[Tensor]:
         names = ("weight",) * self.recipe.has_weight + ("bias",) * self.recipe.has_bias
-        return any(getattr(module, name).requires_grad for name in names)
+        return [getattr(module, name) for name in names]
+
+    def _forget_discarded(self, module: nn.Module) -> None:
+        """Drop statistics whose gradients were dropped: by `model.zero_grad()`, say."""
+        if torch.compiler.is_compiling() or not any(p.grad is not None for p in self._probes):
+            return
+        if all(parameter.grad is None for parameter in self._parameters(module)):
+            self.clear()
 
     def _samples(self) -> Samples:
         """Those of the model's forward pass, also where it is recomputed in a backward pass."""

@@ -15,6 +15,7 @@ from typing import Any, Generic, ParamSpec
 
 from torch import Tensor
 
+from tn_kfac.tensor_network.convolution import require_int
 from tn_kfac.tensor_network.execute import einsum_expression, execute
 from tn_kfac.tensor_network.network import Network
 from tn_kfac.tensor_network.slicing import DEFAULT_LIMIT, AnyPlan, plan
@@ -72,15 +73,17 @@ class Operation(Generic[P]):
         return execute(expression.plan(kernels, self._memory_limit), tensors)
 
     def limited(self, memory_limit: int) -> Operation[P]:
-        """The operation with intermediates of at most `memory_limit` elements.
+        """The operation with intermediates of about `memory_limit` elements at most.
 
-        The contraction is sliced along one or more axes; the result is the same.
+        The contraction is sliced along axes that no pattern touches (batch, groups,
+        channels); the result is the same. One slice is the least that is held, and never
+        less than the result.
 
         Raises:
+            TypeError: If the limit is no integer.
             ValueError: If the limit is not positive.
         """
-        if memory_limit < 1:
-            raise ValueError(f"memory_limit must be at least one element, got {memory_limit}")
+        require_int("memory_limit", memory_limit, 1)
         return Operation(self._function, memory_limit)
 
     def einsum_expression(

@@ -7,6 +7,7 @@ A subclass says how the factors of one layer are updated and how they preconditi
 from __future__ import annotations
 
 import warnings
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, ClassVar
@@ -70,6 +71,7 @@ class KroneckerOptimizer(Optimizer, ABC):
         self._attach()
         self._handles += self._scope.attach(model)
         self._ready = True
+        weakref.finalize(self, _remove, self._handles)
 
     @abstractmethod
     def _new_state(
@@ -267,12 +269,24 @@ class KroneckerOptimizer(Optimizer, ABC):
 
     def close(self) -> None:
         """Remove every hook from the model; the optimizer must not be used afterwards."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        _remove(self._handles)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Refused: a copy would not be hooked to a model."""
+        raise TypeError(
+            f"{type(self).__name__} is bound to its model and cannot be copied or pickled: build "
+            "a new optimizer and load state_dict() into it"
+        )
 
     def __enter__(self) -> KroneckerOptimizer:
         return self
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+
+def _remove(handles: list[RemovableHandle]) -> None:
+    """Remove hooks, also when an optimizer that nobody closed is garbage."""
+    for handle in handles:
+        handle.remove()
+    handles.clear()

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
+from torch.nn.parameter import UninitializedParameter
 from torch.utils.hooks import RemovableHandle
 
 from tn_kfac.curvature import LayerTap, Recipe
@@ -99,7 +100,11 @@ def find_sites(model: nn.Module) -> tuple[list[Site], list[str]]:
     """All layers of a model with Kronecker factors, and why some have none.
 
     Modules that share weight and bias form one site if they have the same geometry. A
-    weight (or bias) that is shared in any other way has no Kronecker factor.
+    weight (or bias) that is shared in any other way has no Kronecker factor, nor has a
+    complex one.
+
+    Raises:
+        ValueError: If a lazy module has not seen an input yet.
     """
     users: dict[Parameter, list[str]] = defaultdict(list)
     grouped: dict[tuple[Parameter, Parameter | None, Layer], list[tuple[str, nn.Module]]]
@@ -110,7 +115,12 @@ def find_sites(model: nn.Module) -> tuple[list[Site], list[str]]:
             users[parameter].append(name)
         layer = layer_of(module)
         weight, bias = direct.get("weight"), direct.get("bias")
-        if layer is not None and weight is not None and set(direct) <= {"weight", "bias"}:
+        if any(isinstance(p, UninitializedParameter) for p in direct.values()):
+            raise ValueError(
+                f"model has a lazy layer {name!r} without parameters yet: run one forward pass "
+                "before building the optimizer"
+            )
+        if layer is not None and weight is not None and _is_plain(direct):
             grouped[weight, bias, layer].append((name, module))
     sites, refused = [], []
     for (weight, bias, layer), named in grouped.items():
@@ -121,6 +131,11 @@ def find_sites(model: nn.Module) -> tuple[list[Site], list[str]]:
         else:
             refused.append(f"{names[0]!r} shares parameters with {_others(users, site)}")
     return sites, refused
+
+
+def _is_plain(direct: Mapping[str, Parameter]) -> bool:
+    """Whether a module's own parameters are a real weight and bias, and nothing else."""
+    return set(direct) <= {"weight", "bias"} and not any(p.is_complex() for p in direct.values())
 
 
 def _others(users: dict[Parameter, list[str]], site: Site) -> list[str]:

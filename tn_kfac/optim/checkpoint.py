@@ -34,6 +34,10 @@ def check_compatible(
     Raises:
         ValueError: If groups, rules or shapes differ.
     """
+    if not isinstance(state_dict, Mapping) or not {"state", "param_groups"} <= set(state_dict):
+        raise ValueError(
+            "state_dict must hold 'state' and 'param_groups': pass one of state_dict()"
+        )
     saved_groups = state_dict["param_groups"]
     saved, own = ([(g.get("rule"), len(g["params"])) for g in gs] for gs in (saved_groups, groups))
     if saved != own:

@@ -50,7 +50,7 @@ class Rows:
         """The rows that the factor is the gram of; `mean` averages shared positions."""
         if approx == "expand":
             return self.network
-        scale = Fraction(1, self.positions) if mean else Fraction(1)
+        scale = Fraction(1, max(1, self.positions)) if mean else Fraction(1)
         return self.network.sum(*self.shared).scaled(scale)
 
     def factor(self, approx: Approx, mean: bool = False, tied: Axes = ()) -> Network:
