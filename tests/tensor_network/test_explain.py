@@ -39,10 +39,10 @@ def test_explanation(name, data):
         assert equation in said
         assert f"shape {tuple(shape)}" in said
     (rules,), (lowering,) = lines(text, "rules"), lines(text, "lowering")
-    named = re.findall(r"([a-z ]+) ×\d+", rules)
+    named = re.findall(r"([a-z -]+) ×\d+", rules)
     assert {rule.strip() for rule in named} <= RULES.keys()
     assert named or rules == "none applies"
-    named = re.findall(r"([a-z ]+) ×\d+", lowering)
+    named = re.findall(r"([a-z -]+) ×\d+", lowering)
     assert {kind.strip() for kind in named} <= {*WHOLE, *PARTS}
     assert named or "einsum" in lowering
     made = plan(expression.network)

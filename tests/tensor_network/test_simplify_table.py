@@ -81,6 +81,15 @@ TABLE = {
             spatial(TILES, [operand("x", ("c", "i"))], "cko", c=2),
             network([operand("x", ("c", "o", "k"))], "cko", c=2, o=2, k=3),
         ),
+        # Anything else: pixels met twice, padding, a hyper-edge, pixels between windows, an
+        # output that has o already, a summed pattern, one with two legs of one name.
+        *((spatial(axis, [x_ni], "nko", n=2), None) for axis in (OVERLAPS, PADDED, SKIPS)),
+        (spatial(TILES, [x_i, operand("y", "i")], "ko"), None),
+        (spatial(TILES, [v_o, operand("w", "k")], "oi"), None),
+        (network([Pattern(TILES, "k", None, "i"), x_i], "k", k=3, i=6), None),
+        (network([Pattern(SpatialAxis(2, 2, stride=2), *"aoa"), v_o], "o", a=2, o=1), None),
+    ],
+    "down-sampling": [
         # Windows with pixels between them are a strided view.
         *(
             (
@@ -89,16 +98,14 @@ TABLE = {
             )
             for axis in (SKIPS, SPREAD)
         ),
-        # Anything else: pixels met twice, padding, a hyper-edge, a view of part of a leg,
-        # an output with pixels that no window meets, an output that has o already, a summed
-        # pattern, one with two legs of one name.
-        *((spatial(axis, [x_ni], "nko", n=2), None) for axis in (OVERLAPS, PADDED, OVERHANGS)),
-        (spatial(TILES, [x_i, operand("y", "i")], "ko"), None),
+        # Anything else: pixels met twice, padding, windows that tile, a view of part of a
+        # leg, an output with pixels that no window meets.
+        *(
+            (spatial(axis, [x_ni], "nko", n=2), None)
+            for axis in (OVERLAPS, PADDED, OVERHANGS, TILES)
+        ),
         (spatial(SKIPS, [operand("x", ("c", "i"))], "cko", c=2), None),
         (spatial(SKIPS, [v_o, operand("w", "k")], "i"), None),
-        (spatial(TILES, [v_o, operand("w", "k")], "oi"), None),
-        (network([Pattern(TILES, "k", None, "i"), x_i], "k", k=3, i=6), None),
-        (network([Pattern(SpatialAxis(2, 2, stride=2), *"aoa"), v_o], "o", a=2, o=1), None),
     ],
     "pattern collapse": [
         # Equal patterns that share two legs, or all three.

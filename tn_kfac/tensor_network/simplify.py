@@ -20,7 +20,7 @@ from tn_kfac.tensor_network.network import (
     Window,
     substitute,
 )
-from tn_kfac.tensor_network.pattern import Pattern
+from tn_kfac.tensor_network.pattern import Pattern, SpatialAxis
 
 Rule = Callable[[Network], Network | None]
 
@@ -44,16 +44,27 @@ def delta(network: Network) -> Network | None:
 
 
 def dense(network: Network) -> Network | None:
-    """Windows that do not overlap are a reshape of their operand, and a slice.
+    """Windows that tile their axis are a reshape: of an operand's leg i, or of an output.
 
-    Without padding and with stride ≥ reach, i = o·stride + k·dilation names each
-    pixel at most once, so an operand's leg i is viewed as the legs (o, k): a
-    reshape if the windows tile the axis, a strided view (down-sampling) otherwise.
-    An output leg i is the product (o k) if the windows tile it.
+    With kernel = stride, no padding and no dilation, pixel i = o·K + k is the product (o k).
     """
+    return _without_pattern(network, tiling=True)
+
+
+def down_sampling(network: Network) -> Network | None:
+    """Windows that neither overlap nor tile are a strided view of an operand's leg i.
+
+    Without padding and with stride ≥ reach, i = o·stride + k·dilation names each pixel at
+    most once.
+    """
+    return _without_pattern(network, tiling=False)
+
+
+def _without_pattern(network: Network, tiling: bool) -> Network | None:
+    """The network without its first pattern of disjoint windows that tile (or do not)."""
     for node in network.nodes:
         if isinstance(node, Pattern) and node.is_full and _disjoint(node):
-            rewritten = _unfold(network, node)
+            rewritten = _unfold(network, node) if _tiles(node) == tiling else None
             if rewritten is not None:
                 return rewritten
     return None
@@ -233,11 +244,44 @@ def _merge_legs(legs: tuple[Leg, ...], pair: tuple[str, str], name: str) -> tupl
 RULES: dict[str, Rule] = {
     "delta": delta,
     "dense": dense,
+    "down-sampling": down_sampling,
     "pattern collapse": collapse,
     "summed pattern": summed_pattern,
     "squeeze": squeeze,
     "merge": merge,
 }
+
+
+def pattern_pair(network: Network) -> Network | None:
+    """Two patterns that only share their windows depend on the offset δ = k' − k alone.
+
+    Σ_o Π[k, o, i] Π[k', o, j] = S[k, i] · Σ_δ [j = i + δ·dilation] [k' = k + δ],
+
+    where S counts windows. Exact for every stride. Not part of the fixed point: an einsum
+    does not gain from it, the autocorrelation kernel is built on it.
+    """
+    patterns = [n for n in network.nodes if isinstance(n, Pattern) and n.is_full]
+    for first, second in combinations(patterns, 2):
+        shared = set(first.axes) & set(second.axes)
+        alike = first.axis == second.axis and first.output == second.output
+        if alike and len(shared) == 1 and network.occurrences(shared.pop()) == 2:
+            return _paired(network, first, second)
+    return None
+
+
+def _paired(network: Network, first: Pattern, second: Pattern) -> Network:
+    axis, reach = first.axis, first.axis.kernel_size - 1
+    offsets, delta = 2 * reach + 1, f"{first.kernel}−{second.kernel}"
+    margin = (reach * axis.dilation, reach * axis.dilation)
+    pixels = SpatialAxis(axis.input_size, offsets, 1, margin, axis.dilation)
+    kernels = SpatialAxis(axis.kernel_size, offsets, 1, (reach, reach))
+    paired = (
+        replace(first, output=None),
+        Pattern(pixels, delta, first.input, second.input),
+        Pattern(kernels, delta, first.kernel, second.kernel),
+    )
+    rest = (n for n in network.nodes if n is not first and n is not second)
+    return network.rebuilt(nodes=(*rest, *paired), sizes={delta: offsets})
 
 
 def traced(network: Network) -> tuple[Network, tuple[str, ...]]:

@@ -144,6 +144,8 @@ def _may_cut(network: Network, axis: str) -> bool:
             if axis in node.axes:
                 return False
             continue
+        if any(axis in leg.axes and leg.windows != (None,) for leg in node.legs):
+            return False  # the dimension has pixels, or more than one
         leads = [dim for dim, leg in enumerate(node.legs) if leg.axes[:1] == (axis,)]
         if node.axes.count(axis) != len(leads) or len(leads) > 1:
             return False
