@@ -25,6 +25,8 @@ Sizes = Mapping[str, int]
 Materialise = Callable[[Operand], Tensor]
 
 CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+SQUARE_CHUNK = 1 << 20
+"""Elements that are squared at a time on a CPU, where a norm is slow."""
 CORRELATION_PARTS, CORRELATION_LEAST = 4, 1 << 21
 """A correlation is taken in so many parts of the batch, but of no fewer elements each:
 cuDNN's workspace grows with a part, and small parts are slow."""
@@ -141,7 +143,11 @@ def sum_squares(node: SquareSum, sizes: Sizes, tensor_of: Materialise) -> Tensor
     if x.is_complex():
         return (x * x).sum(dims)
     exact = torch.promote_types(x.dtype, torch.float32)
-    return torch.linalg.vector_norm(x, dim=dims, dtype=exact).square().to(x.dtype)
+    if x.is_cuda:
+        return torch.linalg.vector_norm(x, dim=dims, dtype=exact).square().to(x.dtype)
+    rows = max(1, SQUARE_CHUNK // max(1, x[0].numel())) if 0 in dims and len(x) else len(x)
+    parts = [part.to(exact).square().sum(dims) for part in x.split(max(1, rows))]
+    return sum(parts[1:], parts[0]).to(x.dtype)
 
 
 def autocorrelate(node: Autocorrelation, sizes: Sizes, tensor_of: Materialise) -> Tensor:
