@@ -1,0 +1,60 @@
+"""A pattern that only one operand meets becomes a strided view: no primitive, no kernel."""
+
+from __future__ import annotations
+
+from itertools import chain
+from math import prod
+
+from tn_kfac.tensor_network.network import Leg, Network, Operand, Window
+from tn_kfac.tensor_network.pattern import Pattern
+
+MIN_ROWS, MANY_GROUPS = 64, 16
+"""Many grams of fewer rows do not make a copy of all windows worth it."""
+
+
+def strided_view(network: Network) -> Network | None:
+    """Windows of an operand that is the only one to have the pixels are a strided view."""
+    for pattern in network.nodes:
+        if isinstance(pattern, Pattern) and pattern.is_full and pattern.input:
+            holder = _sole_holder(network, pattern.input)
+            if holder is not None and _view_pays(network, pattern, holder):
+                axis = pattern.axis
+                end = (axis.output_size - 1) * axis.stride + axis.reach
+                padding = (axis.padding[0], max(0, end - axis.padding[0] - axis.input_size))
+                window = Window(
+                    axis.output_size, axis.stride, axis.kernel_size, axis.dilation, padding
+                )
+                assert pattern.output and pattern.kernel
+                viewed = Leg((pattern.output, pattern.kernel), (window,))
+                legs = (viewed if leg.axes == (pattern.input,) else leg for leg in holder.legs)
+                view = Operand(holder.name, tuple(legs))
+                rest = (n for n in network.nodes if n is not pattern)
+                return network.rebuilt(nodes=(view if n is holder else n for n in rest))
+    return None
+
+
+def _view_pays(network: Network, pattern: Pattern, holder: Operand) -> bool:
+    """Whether to copy windows for a matrix product: not for many groups of few rows each.
+
+    An open window axis means that the windows are the result.
+    """
+    if pattern.output in network.output_axes:
+        return True
+    others = (n.axes for n in network.nodes if isinstance(n, Operand) and n is not holder)
+    shared = set(chain.from_iterable(others))
+    open_axes = set(network.output_axes)
+    own = {p.kernel for p in network.nodes if isinstance(p, Pattern) and p.input in holder.axes}
+    rows = (set(holder.axes) & open_axes) - shared | own
+    groups = set(holder.axes) & open_axes & shared
+    row_count, group_count = (prod(network.size[a] for a in axes if a) for axes in (rows, groups))
+    return row_count >= MIN_ROWS or group_count < MANY_GROUPS
+
+
+def _sole_holder(network: Network, axis: str) -> Operand | None:
+    """The operand that alone has the axis, as a dimension of its own."""
+    if network.occurrences(axis) != 2:
+        return None
+    for node in network.nodes:
+        if isinstance(node, Operand) and Leg((axis,)) in node.legs:
+            return node
+    return None
