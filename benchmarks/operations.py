@@ -14,8 +14,12 @@ from torch import Tensor
 from benchmarks import implementations as by
 from benchmarks.implementations import Case, call
 from tn_kfac import expressions
+from tn_kfac.tensor_network.execute import execute
+from tn_kfac.tensor_network.slicing import plan
 
 IMPLEMENTATIONS = ("ours", "unfold", "einconv", "torch")
+UNLOWERED = "einsum"
+"""Ours, contracted as einsums with no kernel in place of a part: measured where asked for."""
 
 Joins = Literal["mean", "sum", "cat"]
 
@@ -50,7 +54,7 @@ class Operation:
     def implementations(self) -> tuple[str, ...]:
         """The names of those who implement this operation."""
         missing = {name for name in ("torch", "einconv") if getattr(self, name) is None}
-        return tuple(name for name in IMPLEMENTATIONS if name not in missing)
+        return tuple(name for name in (*IMPLEMENTATIONS, UNLOWERED) if name not in missing)
 
 
 _X, _XV = ("x",), ("x", "v")
@@ -101,6 +105,11 @@ def prepare(operation: Operation, implementation: str, case: Case) -> Prepared:
     if implementation == "ours":
         function = getattr(expressions, operation.name)
         return Prepared(lambda: call(function, operation.name, case), lambda: 0)
+    if implementation == UNLOWERED:
+        positional, named = by.arguments(operation.name, case)
+        bound, tensors = getattr(expressions, operation.name).bound(positional, named)
+        unlowered = plan(bound.network, True, False)
+        return Prepared(lambda: execute(unlowered, tensors), lambda: 0)
     if implementation == "einconv":
         return _prepare_einconv(operation, case)
     if implementation == "torch":

@@ -9,7 +9,7 @@ from benchmarks import layer, table
 from benchmarks.convolutions import NETWORKS, PEERS, convolutions
 from benchmarks.implementations import make_case
 from benchmarks.measure import Cpu, largest_error
-from benchmarks.operations import OPERATIONS, prepare, reference
+from benchmarks.operations import IMPLEMENTATIONS, OPERATIONS, prepare, reference
 
 TINY = ["--quick", "--threads=1", "--seconds=0.001", "--networks", "peers"]
 """The smallest run; the tests add operations and layers."""
@@ -31,7 +31,10 @@ def test_run_and_page(tmp_path):
 
     rows = document["rows"]
     tried = {(row["operation"], row["implementation"]) for row in rows}
-    assert tried == {(o.name, by) for o in OPERATIONS.values() for by in o.implementations()}
+    usual = set(IMPLEMENTATIONS)
+    assert tried == {
+        (o.name, by) for o in OPERATIONS.values() for by in usual & set(o.implementations())
+    }
     assert len(rows) == 2 * len(tried)
     for row in rows:
         assert row["status"] == "ok", row

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from tensor_network.oracle import evaluate
 from tn_kfac.expressions import kfac_expand, kfac_reduce
-from tn_kfac.tensor_network.simplify import pattern_pair
+from tn_kfac.tensor_network.pattern_pair import pattern_pair
 
 
 @given(

@@ -102,7 +102,9 @@ def _elementwise(axes: str, output: str, terms: list[Tensor]) -> Tensor:
 def _summed(axes: str, output: str, term: Tensor) -> Tensor:
     """A tensor summed over the axes that are not in the output, in the output's order."""
     summed = [dim for dim, axis in enumerate(axes) if axis not in output]
-    if summed and summed[-1] - summed[0] == len(summed) - 1:
+    if all(term.shape[dim] == 1 for dim in summed):
+        term = term.squeeze(tuple(summed))
+    elif summed[-1] - summed[0] == len(summed) - 1:
         term = term.sum(summed)
     else:  # one by one: dimensions that are not neighbours would be copied first
         for dim in reversed(summed):

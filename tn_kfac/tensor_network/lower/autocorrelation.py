@@ -12,8 +12,8 @@ from tn_kfac.tensor_network.lower.primitive import Primitive
 from tn_kfac.tensor_network.network import Axes, Network, Operand, rename
 from tn_kfac.tensor_network.pattern import Pattern, SpatialAxis
 
-MIN_CHANNELS, MIN_WINDOWS = 8, 1024
-"""Fewer channels per group or windows in all do not make an autocorrelation worth it."""
+MIN_WINDOWS = 1024
+"""Fewer windows in all do not make an autocorrelation worth it."""
 
 
 @dataclass(frozen=True)
@@ -111,13 +111,13 @@ def pair_work(spatial: Sequence[SpatialAxis]) -> int:
 
 
 def _pays(call: Autocorrelation) -> bool:
-    """Whether the offsets cost less than the windows, and convolutions run well.
+    """Whether the offsets cost less than the windows.
 
-    They do not with few channels per group; and with few windows in all the work is in
-    arranging the factor, not in forming it (both measured, benchmarks/layer.py).
+    With few windows in all the work is in arranging the factor, not in forming it
+    (measured, benchmarks/layer.py).
     """
-    summed, _, row, _ = call.roles
+    summed = call.roles[0]
     windows = call.elements(summed) * prod(axis.output_size for axis in call.spatial)
     products = prod(axis.output_size * axis.kernel_size**2 for axis in call.spatial)
     cheap = 2 * pair_work(call.spatial) < products
-    return cheap and call.elements(row) >= MIN_CHANNELS and windows >= MIN_WINDOWS
+    return cheap and windows >= MIN_WINDOWS

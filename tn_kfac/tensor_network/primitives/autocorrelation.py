@@ -1,68 +1,35 @@
-"""The gram of an operand's windows, from one convolution of it with itself."""
+"""The gram of an operand's windows, from the correlations between its pixels."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import product
 from math import prod
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from tn_kfac.tensor_network.lower import Autocorrelation
 from tn_kfac.tensor_network.pattern import SpatialAxis
 from tn_kfac.tensor_network.primitives.arrange import Materialise, Sizes, arranged
-
-CORRELATION_PARTS, CORRELATION_LEAST = 4, 1 << 21
-"""A correlation is taken in so many parts of the batch, but of no fewer elements each:
-cuDNN's workspace grows with a part, and small parts are slow."""
+from tn_kfac.tensor_network.primitives.correlation import all_windows
 
 
 def autocorrelate(node: Autocorrelation, sizes: Sizes, tensor_of: Materialise) -> Tensor:
     """Σ over windows of their outer products, from offsets between pixels.
 
-    With δ = k' − k, the sum over *all* windows that meet the image is the correlation
-    R[c, c', δ] = Σ_i x[c, i] x[c', i + δ·dilation] for each pair of kernel pixels: one
-    weight-VJP convolution of x with itself. Windows beyond the first and last counted one
-    are taken off again; these meet few kernel rows, so their grams are small.
+    All windows that meet the image are summed first. Those beyond the first and last counted
+    one are taken off again; these meet few kernel rows, so their grams are small.
     """
     (operand,) = node.operands
     outer, group, row, spatial = node.roles
     roles = (outer, group + row, *((axis,) for axis in spatial))
     x = arranged(tensor_of(operand), operand.axes, roles, sizes)
     groups = prod(sizes[axis] for axis in group)
-    factor = _all_windows(x, node.spatial, groups)
+    factor = all_windows(x, node.spatial, groups)
     for dim, axis in enumerate(node.spatial):
         for window in axis.uncounted_windows():
             _subtract_windows(factor, x, node.spatial, dim, window, groups)
     return factor.reshape([sizes[axis] for axis in node.axes])
-
-
-def _all_windows(x: Tensor, spatial: Sequence[SpatialAxis], groups: int) -> Tensor:
-    """(group, c, k…, c', k'…) summed over every window that meets the image.
-
-    The correlation has the offset k' − k at index k' − k + K − 1 of each dimension.
-    """
-    kernels = [a.kernel_size for a in spatial]
-    dilation = [a.dilation for a in spatial]
-    padding = [(a.kernel_size - 1) * a.dilation for a in spatial]
-    channels = x.shape[1] // groups
-    ones, zeros = [1] * len(spatial), [0] * len(spatial)
-    offsets = [2 * k - 1 for k in kernels]
-    like = x.new_empty(1).expand(x.shape[1], channels, *offsets)
-    arguments = (like, None, ones, padding, dilation, False, zeros, groups, [False, True, False])
-    rows = max(-(-len(x) // CORRELATION_PARTS), CORRELATION_LEAST // max(1, x[0].numel()), 1)
-    correlation = torch.zeros((), dtype=x.dtype, device=x.device)
-    for part in x.split(rows):
-        correlation = correlation + torch.ops.aten.convolution_backward(part, part, *arguments)[1]
-    correlation = correlation.reshape(groups, channels, channels, *offsets)
-    factor = x.new_empty(groups, channels, *kernels, channels, *kernels)
-    for offset in product(*(range(k) for k in kernels)):
-        starts = (k - 1 - at for k, at in zip(kernels, offset, strict=True))
-        window = tuple(slice(s, s + k) for s, k in zip(starts, kernels, strict=True))
-        factor[(slice(None), slice(None), *offset)] = correlation[(..., *window)]
-    return factor
 
 
 def _subtract_windows(

@@ -1,0 +1,64 @@
+"""The three ways to correlate pixels agree with all windows, written out."""
+
+from math import prod
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.nn import functional as F
+
+from tn_kfac.tensor_network.pattern import SpatialAxis
+from tn_kfac.tensor_network.primitives import correlation
+
+
+@st.composite
+def axes(draw: st.DrawFn) -> SpatialAxis:
+    kernel, dilation = draw(st.integers(1, 3)), draw(st.integers(1, 2))
+    return SpatialAxis(draw(st.integers(1, 6)), kernel, 1, (kernel * dilation,) * 2, dilation)
+
+
+def by_definition(x: torch.Tensor, spatial: list[SpatialAxis], groups: int) -> torch.Tensor:
+    """Unfold x with so much padding that no window that meets it is missing."""
+    margins = [(a.kernel_size - 1) * a.dilation for a in spatial]
+    windows = F.pad(x, [m for margin in reversed(margins) for m in (margin, margin)])
+    for dim, a in enumerate(spatial, start=2):
+        windows = windows.unfold(dim, a.reach, 1)[..., :: a.dilation]
+    channels = x.shape[1] // groups
+    rows = windows.movedim(1, len(spatial) + 1).flatten(0, len(spatial))
+    kernels = [a.kernel_size for a in spatial]
+    rows = rows.reshape(-1, groups, channels * prod(kernels))
+    gram = torch.einsum("rgi,rgj->gij", rows, rows)
+    return gram.reshape(groups, channels, *kernels, channels, *kernels)
+
+
+@pytest.mark.parametrize("way", ["transforms", "products", "convolution"])
+@given(
+    spatial=st.lists(axes(), min_size=1, max_size=3),
+    batch=st.integers(1, 3),
+    groups=st.integers(1, 3),
+    channels=st.integers(1, 3),
+)
+def test_each_way_is_the_definition(way, spatial, batch, groups, channels):
+    groups = 1 if way == "products" else groups
+    shape = (batch, groups * channels, *(a.input_size for a in spatial))
+    x = torch.randn(shape, dtype=torch.float64)
+    kernels = [a.kernel_size for a in spatial]
+    factor = x.new_empty(groups, channels, *kernels, channels, *kernels)
+    if way == "products":
+        correlation._write_products(factor, x, spatial)
+    else:
+        correlated = getattr(correlation, f"_by_{way}")(x, spatial, groups)
+        correlation._write_windows(factor, correlated)
+    expected = by_definition(x, spatial, groups)
+    torch.testing.assert_close(factor, expected, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("channels", [1, 4, 6])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_all_windows_chooses_among_them(channels, groups):
+    spatial = [SpatialAxis(5, 3, 1, (1, 1)), SpatialAxis(4, 2, 1, (0, 0))]
+    x = torch.randn(2, groups * channels, 5, 4, dtype=torch.float64)
+    expected = by_definition(x, spatial, groups)
+    actual = correlation.all_windows(x, spatial, groups)
+    torch.testing.assert_close(actual, expected, rtol=1e-11, atol=1e-11)

@@ -1,0 +1,140 @@
+"""Grams of all windows that meet an image, from the correlations between its pixels.
+
+With δ = k' − k, the sum of all windows' outer products has at (c, k, c', k') the correlation
+
+    R[c, c', δ] = Σ_i x[c, i] x[c', i + δ·dilation],    R[c', c, −δ] = R[c, c', δ]
+
+which is formed once for each offset δ, in one of three ways: by a matrix product for each
+offset, on one padded copy of x; for few channels by Fourier transforms; for other groups by
+a weight-VJP convolution of x with itself. (cuDNN's convolution in float32 was found 100 times
+less accurate than the products, which need half of its multiplications and no work space.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from itertools import combinations_with_replacement, product
+from math import prod
+
+import torch
+from torch import Tensor
+
+from tn_kfac.tensor_network.pattern import SpatialAxis
+
+FEW_CHANNELS = 4
+"""Up to so many channels per group are correlated by Fourier transforms."""
+SPECTRUM_LIMIT = 1 << 22
+"""Elements that are transformed at a time."""
+
+
+def all_windows(x: Tensor, spatial: Sequence[SpatialAxis], groups: int) -> Tensor:
+    """The factor (group, c, k…, c', k'…) summed over every window that meets the image.
+
+    x has the shape (rows, groups · c, *spatial).
+    """
+    channels = x.shape[1] // groups
+    kernels = [a.kernel_size for a in spatial]
+    factor = x.new_empty(groups, channels, *kernels, channels, *kernels)
+    if channels <= FEW_CHANNELS and not x.is_complex():
+        _write_windows(factor, _by_transforms(x, spatial, groups))
+    elif groups == 1:
+        _write_products(factor, x, spatial)
+    else:
+        _write_windows(factor, _by_convolution(x, spatial, groups))
+    return factor
+
+
+def _write_windows(factor: Tensor, correlation: Tensor) -> None:
+    """Write a correlation (g, c, c', δ…), whose offsets start at 1 − K, into the factor."""
+    kernels = factor.shape[2 : 2 + correlation.dim() - 3]
+    for offset in product(*(range(k) for k in kernels)):
+        starts = (k - 1 - at for k, at in zip(kernels, offset, strict=True))
+        window = tuple(slice(s, s + k) for s, k in zip(starts, kernels, strict=True))
+        factor[(slice(None), slice(None), *offset)] = correlation[(..., *window)]
+
+
+def _write_products(factor: Tensor, x: Tensor, spatial: Sequence[SpatialAxis]) -> None:
+    """Write the correlation of one group of channels, offset by offset.
+
+    Rows of pixels with zeros behind each line: then an offset is one shift of all rows, and
+    the pixels that leave a line meet zeros.
+    """
+    gaps = [(a.kernel_size - 1) * a.dilation for a in spatial]
+    padded = [n + gap for n, gap in zip(x.shape[2:], gaps, strict=True)]
+    pixels = x.new_zeros(len(x), *padded, x.shape[1])
+    inside = tuple(slice(n) for n in x.shape[2:])
+    pixels[(slice(None), *inside)] = x.movedim(1, -1)
+    pixels = pixels.flatten(0, -2)
+    steps = [a.dilation * prod(padded[dim + 1 :]) for dim, a in enumerate(spatial)]
+    for offset in product(*(range(1 - a.kernel_size, a.kernel_size) for a in spatial)):
+        if offset < (0,) * len(offset):
+            continue  # by symmetry
+        shift = sum(o * step for o, step in zip(offset, steps, strict=True))
+        correlation = pixels[: len(pixels) - shift].mT @ pixels[shift:]
+        _write_offset(factor, offset, correlation)
+        if any(offset):
+            _write_offset(factor, [-o for o in offset], correlation.mT)
+
+
+def _write_offset(factor: Tensor, offset: Iterable[int], correlation: Tensor) -> None:
+    """Write R[:, :, δ] to all pairs k' = k + δ of kernel pixels, which are a diagonal."""
+    place, dims = factor[0], (factor.dim() - 3) // 2
+    for done, at in enumerate(offset):  # (c, k…, c', k'…, diagonals…): the first k and k'
+        place = place.diagonal(at, 1, 2 + dims - done)
+    place.copy_(correlation.reshape(*correlation.shape, *(1 for _ in place.shape[2:])))
+
+
+def _by_transforms(x: Tensor, spatial: Sequence[SpatialAxis], groups: int) -> Tensor:
+    """The correlation (g, c, c', δ…) of few channels, in float32 at least."""
+    exact = x.to(torch.promote_types(x.dtype, torch.float32)).unflatten(1, (groups, -1))
+    dims = tuple(range(-len(spatial), 0))
+    sizes = [_smooth(a.input_size + (a.kernel_size - 1) * a.dilation) for a in spatial]
+    channels = exact.shape[2]
+    pairs = list(combinations_with_replacement(range(channels), 2))
+    spectrum: Tensor | None = None
+    for part in exact.split(max(1, SPECTRUM_LIMIT // (groups * channels * prod(sizes)))):
+        values = torch.fft.rfftn(part, sizes, dims)
+        powers = torch.stack([_power(values, a, b) for a, b in pairs], 1)
+        spectrum = powers if spectrum is None else spectrum.add_(powers)
+    assert spectrum is not None
+    correlation = torch.fft.irfftn(spectrum, sizes, dims)
+    for dim, axis in enumerate(spatial, start=2):
+        offsets = torch.arange(1 - axis.kernel_size, axis.kernel_size, device=x.device)
+        correlation = correlation.index_select(dim, offsets * axis.dilation % sizes[dim - 2])
+    shape = (groups, channels, channels, *correlation.shape[2:])
+    full = x.new_empty(shape)
+    for at, (a, b) in enumerate(pairs):
+        full[:, a, b] = correlation[:, at]
+        if a != b:
+            full[:, b, a] = correlation[:, at].flip(dims)
+    return full
+
+
+def _power(spectrum: Tensor, a: int, b: int) -> Tensor:
+    """The spectrum (n, g, c, f…) of two channels: Σ_n conj(channel a) · channel b, (g, f…)."""
+    left, right = spectrum[:, :, a], spectrum[:, :, b]
+    if a == b:
+        return torch.view_as_real(left).square().sum((0, -1)).to(left.dtype)
+    return (left.conj() * right).sum(0)
+
+
+def _smooth(size: int) -> int:
+    """The next size that Fourier transforms do fast: a product of 2, 3 and 5."""
+    rest = size
+    for prime in (2, 3, 5):
+        while rest % prime == 0:
+            rest //= prime
+    return size if rest == 1 else _smooth(size + 1)
+
+
+def _by_convolution(x: Tensor, spatial: Sequence[SpatialAxis], groups: int) -> Tensor:
+    """The correlation (g, c, c', δ…), the gradient of a grouped convolution's weight."""
+    channels = x.shape[1] // groups
+    dilation = [a.dilation for a in spatial]
+    padding = [(a.kernel_size - 1) * a.dilation for a in spatial]
+    ones, zeros = [1] * len(spatial), [0] * len(spatial)
+    offsets = [2 * a.kernel_size - 1 for a in spatial]
+    like = x.new_empty(1).expand(x.shape[1], channels, *offsets)
+    arguments = (like, None, ones, padding, dilation, False, zeros, groups, [False, True, False])
+    correlation = torch.ops.aten.convolution_backward(x, x, *arguments)[1]
+    return correlation.reshape(groups, channels, channels, *offsets)
