@@ -88,6 +88,36 @@ def test_kernel_agrees_under_the_interpreter() -> None:
     assert done.stdout.strip() == "agree"
 
 
+COMPILED = """
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from tn_kfac.kernels import window_sum_triton as kernel
+pointers = {"x": "*fp32", "y": "*fp32"}
+numbers = ("rows", "height", "width", "last_1", "last_2", "blocks_2")
+for stride, size in ((1, 3), (2, 7), (4, 4), (5, 6)):
+    constants = {"PADDING": 1, "DILATION": 1, "STRIDE": stride, "K": size}
+    constants = {f"{name}_{axis}": value for name, value in constants.items() for axis in (1, 2)}
+    constants |= {"K_1_PADDED": triton.next_power_of_2(size), "ROWS": 1, "LINES": 16}
+    constants |= {"WIDTH": 64, "TILES": 2, "CLASSES": stride if stride < 5 else 1}
+    signature = pointers | dict.fromkeys(numbers, "i32") | dict.fromkeys(constants, "constexpr")
+    source = ASTSource(kernel._kernel, signature=signature, constexprs=constants)
+    target = GPUTarget("cuda", 90, 32)
+    compiled = triton.compile(source, target=target, options={"num_warps": 1})
+    assert ".entry" in compiled.asm["ptx"]
+print("compiled")
+"""
+
+
+def test_kernel_compiles_without_a_device() -> None:
+    """What the interpreter lets pass, a compiler may refuse."""
+    pytest.importorskip("triton", reason="Triton is not installed")
+    command = [sys.executable, "-c", COMPILED]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "compiled"
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

@@ -48,8 +48,8 @@ def _line_sums(
     everywhere = (low + PADDING >= (K - 1) * DILATION) & (high + PADDING <= last * STRIDE)
     if CLASSES == STRIDE and everywhere:
         start = residue + PADDING + K * DILATION * STRIDE - kernel * DILATION  # not negative
-        met = start % STRIDE == 0
-        columns += tl.where(met[:, None, None], tl.sum(pixels, axis=1)[None], 0.0)
+        lines = tl.sum(pixels, axis=1)
+        columns += tl.where((start % STRIDE == 0)[:, None, None], lines[None], 0.0)
     else:
         for k in tl.static_range(K):
             if CLASSES != STRIDE or (residue + PADDING - k * DILATION) % STRIDE == 0:

@@ -14,6 +14,9 @@ from tn_kfac.tensor_network.pattern import Pattern, SpatialAxis
 
 MIN_WINDOWS = 1024
 """Fewer windows in all do not make an autocorrelation worth it."""
+FEW_CHANNELS, MIN_IMAGE = 4, 1024
+"""Up to so many channels per group are correlated by Fourier transforms, which are not worth
+it for images of fewer windows."""
 
 
 @dataclass(frozen=True)
@@ -111,13 +114,17 @@ def pair_work(spatial: Sequence[SpatialAxis]) -> int:
 
 
 def _pays(call: Autocorrelation) -> bool:
-    """Whether the offsets cost less than the windows.
+    """Whether the offsets cost less than the windows, or than products of all pixels.
 
-    With few windows in all the work is in arranging the factor, not in forming it
-    (measured, benchmarks/layer.py).
+    With few windows in all the work is in arranging the factor, not in forming it; all
+    constants are measured (benchmarks/layer.py).
     """
-    summed = call.roles[0]
-    windows = call.elements(summed) * prod(axis.output_size for axis in call.spatial)
-    products = prod(axis.output_size * axis.kernel_size**2 for axis in call.spatial)
+    summed, _, row, _ = call.roles
+    image = prod(axis.output_size for axis in call.spatial)
+    if call.elements(row) <= FEW_CHANNELS and image < MIN_IMAGE:
+        return False
+    products = prod(
+        min(axis.output_size * axis.kernel_size**2, axis.input_size**2) for axis in call.spatial
+    )
     cheap = 2 * pair_work(call.spatial) < products
-    return cheap and windows >= MIN_WINDOWS
+    return cheap and call.elements(summed) * image >= MIN_WINDOWS

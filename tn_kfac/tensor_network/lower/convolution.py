@@ -16,7 +16,7 @@ from tn_kfac.tensor_network.simplify import traced
 Kind = Literal["forward", "input_vjp", "weight_vjp"]
 MAX_SPATIAL = 3
 """torch convolves over at most so many dimensions."""
-MIN_POSITIONS = 32
+MIN_POSITIONS = 300
 """Fewer positions per example do not make a convolution of per-example gradients worth it."""
 
 
@@ -67,15 +67,24 @@ def convolution_call(network: Network) -> Network | None:
 
 
 def _fits(network: Network, call: ConvolutionCall) -> bool:
-    """Whether torch's convolution beats a matrix product: always, but for per-example VJPs.
+    """Whether torch's convolution beats an einsum (all measured, benchmarks/layer.py).
 
-    With nothing summed over examples each one is a convolution group of its own.
+    It does not if there is next to one window; nor, but for the forward pass, if nothing is
+    left of the patterns, which makes a matrix product of it. Without a sum over examples each
+    one is a group of its own, which suits many positions, or single channels.
     """
+    if all(axis.kernel_size >= axis.input_size - 1 for axis in call.spatial):
+        return False
+    if not any(isinstance(node, Pattern) for node in traced(network)[0].nodes):
+        return call.kind == "forward"
     if call.kind != "weight_vjp" or call.roles[0][0]:
         return True
+    group, _, channels, _ = call.groups
+    if call.elements(channels) == 1:
+        return True
+    grouped = sum(call.size[axis] > 1 for axis in group) > 1
     positions = prod(axis.output_size for axis in call.spatial)
-    patterns = (isinstance(node, Pattern) for node in traced(network)[0].nodes)
-    return positions >= MIN_POSITIONS and any(patterns)
+    return not grouped and positions >= MIN_POSITIONS
 
 
 def _call(

@@ -19,10 +19,9 @@ from math import prod
 import torch
 from torch import Tensor
 
+from tn_kfac.tensor_network.lower.autocorrelation import FEW_CHANNELS
 from tn_kfac.tensor_network.pattern import SpatialAxis
 
-FEW_CHANNELS = 4
-"""Up to so many channels per group are correlated by Fourier transforms."""
 SPECTRUM_LIMIT = 1 << 22
 """Elements that are transformed at a time."""
 
