@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import lru_cache, update_wrapper
+from functools import cached_property, lru_cache, update_wrapper
 from inspect import signature
 from typing import Any, Generic, ParamSpec
 
@@ -30,10 +30,17 @@ class Expression:
     network: Network
     simplify: bool = True
 
-    @lru_cache(maxsize=64)  # noqa: B019 (expressions live in a bounded cache themselves)
+    @cached_property
+    def _plans(self) -> dict[tuple[bool, int], AnyPlan]:
+        """Plans made so far: a look-up here need not hash the network."""
+        return {}
+
     def plan(self, lowered: bool = True, memory_limit: int = DEFAULT_LIMIT) -> AnyPlan:
         """How the network is contracted; `memory_limit` as in `Operation.limited`."""
-        return plan(self.network, self.simplify, lowered, memory_limit)
+        key = (lowered, memory_limit)
+        if key not in self._plans:
+            self._plans[key] = plan(self.network, self.simplify, lowered, memory_limit)
+        return self._plans[key]
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ then the lines; which those are it computes from indices, so that nothing but x 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Protocol
 
 import torch
@@ -56,6 +57,7 @@ class Windows(Protocol):
         ...
 
 
+@lru_cache(maxsize=256)
 def window_counts(axis: Windows, dtype: torch.dtype, device: torch.device) -> Tensor:
     """How many windows meet pixel i at offset k, (kernel, input): 0 or 1."""
     kernel = torch.arange(axis.kernel_size, device=device)[:, None]
@@ -67,11 +69,23 @@ def window_counts(axis: Windows, dtype: torch.dtype, device: torch.device) -> Te
 
 
 def window_sum_reference(x: Tensor, axes: Sequence[Windows]) -> Tensor:
-    """The window sums by one matrix product per axis, differentiable."""
-    for axis in reversed(axes):
-        counts = window_counts(axis, x.dtype, x.device)
-        x = torch.matmul(x.movedim(len(axes), -1), counts.T).movedim(-1, 1)
+    """The window sums axis by axis, differentiable: of tiles, or by a matrix product."""
+    for dim in range(len(axes), 0, -1):
+        axis = axes[dim - 1]
+        if _tiles(axis):
+            x = x.unflatten(dim, (axis.output_size, axis.kernel_size)).sum(dim)
+        else:
+            pixels, counts = x.movedim(dim, -1), window_counts(axis, x.dtype, x.device)
+            summed = pixels.reshape(-1, axis.input_size) @ counts.T
+            x = summed.reshape(*pixels.shape[:-1], axis.kernel_size).movedim(-1, dim)
     return x
+
+
+def _tiles(axis: Windows) -> bool:
+    """Whether the windows are disjoint and cover all pixels, so that i = o·K + k."""
+    plain = axis.padding[0] == 0 and (axis.dilation == 1 or axis.kernel_size == 1)
+    covered = axis.output_size * axis.kernel_size == axis.input_size
+    return plain and covered and axis.stride == axis.kernel_size
 
 
 def window_sum(x: Tensor, axes: Sequence[Windows]) -> Tensor:

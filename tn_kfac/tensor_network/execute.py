@@ -12,7 +12,7 @@ from torch import Tensor
 from tn_kfac.tensor_network.lower import Primitive
 from tn_kfac.tensor_network.network import Delta, Network, Node, Ones, Operand, Window
 from tn_kfac.tensor_network.pattern import Pattern
-from tn_kfac.tensor_network.plan import Plan, Step, einsum_equation
+from tn_kfac.tensor_network.plan import Plan, einsum_equation
 from tn_kfac.tensor_network.primitives import PRIMITIVES
 from tn_kfac.tensor_network.simplify import simplify
 from tn_kfac.tensor_network.slicing import DEFAULT_LIMIT, AnyPlan, Sliced
@@ -37,11 +37,13 @@ def _in_steps(plan: Plan, tensors: Mapping[str, Tensor]) -> Tensor:
     ]
     scale = plan.scale
     for step in plan.steps:
-        if step is plan.steps[-1] and _is_half_gram(step, scale, like.dtype):
-            number = step.inputs[0]
-            values[number] = values[number] * scale**0.5  # type: ignore[operator]
-            scale = 1.0
-        values.append(contract(step.equation, [values[i] for i in step.inputs]))  # type: ignore[misc]
+        terms: list[Tensor] = [values[i] for i in step.inputs]  # type: ignore[misc]
+        factor = 1.0
+        if step is plan.steps[-1] and scale > 0 and _is_square(terms):
+            factor, scale = scale, 1.0
+            if like.dtype in HALF:  # the sum could overflow, or the scale underflow
+                terms, factor = [terms[0] * factor**0.5] * 2, 1.0
+        values.append(contract(step.equation, terms, factor))
         for number in step.frees:
             values[number] = None
     result = values[-1]
@@ -51,15 +53,6 @@ def _in_steps(plan: Plan, tensors: Mapping[str, Tensor]) -> Tensor:
         return result
     ours = plan.owns_result and not result.requires_grad
     return result.mul_(scale) if ours else result * scale
-
-
-def _is_half_gram(step: Step, scale: float, dtype: torch.dtype) -> bool:
-    """Whether the scale of a product of a value with itself must come before it.
-
-    In half precision the sum could overflow and the scale underflow.
-    """
-    twice = len(step.inputs) == 2 and len(set(step.inputs)) == 1
-    return twice and scale != 1.0 and scale > 0 and dtype in HALF
 
 
 def _in_slices(plan: Sliced, tensors: Mapping[str, Tensor]) -> Tensor:
@@ -74,23 +67,48 @@ def _in_slices(plan: Sliced, tensors: Mapping[str, Tensor]) -> Tensor:
         inner = plan.part if count == plan.chunk or plan.rest is None else plan.rest
         part = execute(inner, {**tensors, **cut})
         if plan.output is None and parts:
-            parts = [parts[0] + part]
+            ours = plan.part.owns_result  # then the first part may take the others in
+            whole = parts[0]
+            parts = [whole.add_(part) if ours and not part.requires_grad else whole + part]
         else:
             parts.append(part)
     return parts[0] if plan.output is None else torch.cat(parts, plan.output.dim)
 
 
-def contract(equation: str, terms: list[Tensor]) -> Tensor:
-    """One einsum step; products of a tensor with itself are done on one copy of it."""
+def contract(equation: str, terms: list[Tensor], scale: float = 1.0) -> Tensor:
+    """One einsum step times `scale`; a tensor times itself is done on one copy of it."""
+    names, output = _axes(equation)
+    if _is_gram(names, output, terms):
+        return _gram(names[0], names[1], output, terms[0], scale)
+    return _unscaled(equation, terms) if scale == 1.0 else _unscaled(equation, terms) * scale
+
+
+def _axes(equation: str) -> tuple[list[str], str]:
     inputs, output = equation.split("->")
-    names = inputs.split(",")
-    if len(names) == 1 and len(set(inputs)) == len(inputs):
-        return _summed(inputs, output, terms[0])
-    if len(names) == 2 and all(len(set(axes)) == len(axes) for axes in (*names, output)):
-        if names[0] == names[1]:
-            return _elementwise(names[0], output, terms)
-        if terms[0] is terms[1]:
-            return _gram(names[0], names[1], output, terms[0])
+    return inputs.split(","), output
+
+
+def _is_square(terms: list[Tensor]) -> bool:
+    """Whether a tensor is multiplied with itself."""
+    return len(terms) == 2 and terms[0] is terms[1]
+
+
+def _is_gram(names: list[str], output: str, terms: list[Tensor]) -> bool:
+    """Whether a tensor is multiplied with itself as a matrix, with no axis repeated."""
+    if not _is_square(terms) or names[0] == names[1]:
+        return False
+    shared = [a for a, b in zip(*names, strict=True) if a == b]
+    rows = [axis for axes in names for axis in axes if axis not in shared]
+    every = [axis for axis in shared if axis in output] + rows
+    return sorted(every) == sorted(output) and len(set(rows)) == len(rows)
+
+
+def _unscaled(equation: str, terms: list[Tensor]) -> Tensor:
+    names, output = _axes(equation)
+    if len(names) == 1 and len(set(names[0])) == len(names[0]):
+        return _summed(names[0], output, terms[0])
+    if len(names) == 2 and names[0] == names[1] and len(set(names[0])) == len(names[0]):
+        return _elementwise(names[0], output, terms)
     return torch.einsum(equation, *terms)
 
 
@@ -126,26 +144,27 @@ def _split(term: Tensor, kept: list[int], summed: list[int], row: list[int]) -> 
     return split
 
 
-def _gram(first: str, second: str, output: str, term: Tensor) -> Tensor:
-    """Σ t[kept, summed, row] t[kept, summed, row'], with t as one matrix per kept index.
+def _gram(first: str, second: str, output: str, term: Tensor, scale: float) -> Tensor:
+    """scale · Σ t[kept, summed, row] t[kept, summed, row'], t as one matrix per kept index.
 
-    Where t must be copied for that, its contiguous axes stay innermost.
+    Where t must be copied for that, its contiguous axes stay innermost; rows come in the
+    output's order.
     """
     pairs = list(zip(first, second, strict=True))
     same = [dim for dim, (a, b) in enumerate(pairs) if a == b]
     kept = [dim for dim in same if first[dim] in output]
     summed = [dim for dim in same if first[dim] not in output]
     row = [dim for dim, (a, b) in enumerate(pairs) if a != b]
+    row.sort(key=lambda dim: output.index(first[dim]))
     named = "".join(first[d] for d in kept + row) + "".join(second[d] for d in row)
-    if sorted(named) != sorted(output):  # the copies share an axis in different places
-        return torch.einsum(f"{first},{second}->{output}", term, term)
     split = _split(term, kept, summed, row) if term.is_cuda else []
     kept, summed = split + kept, summed[len(split) :]
     inner = summed if any(term.stride(dim) == 1 and term.shape[dim] > 1 for dim in summed) else row
     outer = row if inner is summed else summed
     sizes = [[term.shape[dim] for dim in dims] for dims in (kept, outer, inner)]
     rows = term.permute(kept + outer + inner).reshape([prod(size) for size in sizes])
-    gram = rows @ rows.mT if outer is row else rows.mT @ rows
+    left, right = (rows, rows.mT) if outer is row else (rows.mT, rows)
+    gram = torch.baddbmm(term.new_empty(1, 1, 1), left, right, beta=0, alpha=scale)
     row_sizes = [term.shape[dim] for dim in row]
     gram = gram.reshape(sizes[0] + row_sizes + row_sizes)
     gram = gram.sum(tuple(range(len(split)))) if split else gram

@@ -43,6 +43,11 @@ class Sliced:
     rest: AnyPlan | None
 
     @property
+    def owns_result(self) -> bool:
+        """Whether the result is new, not a view of an operand."""
+        return self.part.owns_result
+
+    @property
     def peak(self) -> int:
         """Elements of the largest intermediate."""
         return self.part.peak

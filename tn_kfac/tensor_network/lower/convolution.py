@@ -16,8 +16,9 @@ from tn_kfac.tensor_network.simplify import traced
 Kind = Literal["forward", "input_vjp", "weight_vjp"]
 MAX_SPATIAL = 3
 """torch convolves over at most so many dimensions."""
-MIN_POSITIONS = 300
-"""Fewer positions per example do not make a convolution of per-example gradients worth it."""
+MIN_POSITIONS, MANY_POSITIONS = 300, 4096
+"""Fewer positions per example do not make a convolution of per-example gradients worth it;
+the second number is for channel groups."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ def _fits(network: Network, call: ConvolutionCall) -> bool:
         return True
     grouped = sum(call.size[axis] > 1 for axis in group) > 1
     positions = prod(axis.output_size for axis in call.spatial)
-    return not grouped and positions >= MIN_POSITIONS
+    return positions >= (MANY_POSITIONS if grouped else MIN_POSITIONS)
 
 
 def _call(

@@ -40,6 +40,9 @@ def _view_pays(network: Network, pattern: Pattern, holder: Operand) -> bool:
     """
     if pattern.output in network.output_axes:
         return True
+    axis, patterns = pattern.axis, [n for n in network.nodes if isinstance(n, Pattern)]
+    if len(patterns) == 2 and 2 * axis.input_size**2 < axis.output_size * axis.kernel_size**2:
+        return False  # a gram of pixels, from which both patterns pick, is cheaper
     others = (n.axes for n in network.nodes if isinstance(n, Operand) and n is not holder)
     shared = set(chain.from_iterable(others))
     open_axes = set(network.output_axes)
