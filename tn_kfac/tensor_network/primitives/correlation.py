@@ -12,7 +12,7 @@ less accurate than the products, which need half of its multiplications and no w
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from itertools import combinations_with_replacement, product
 from math import prod
 
@@ -24,6 +24,8 @@ from tn_kfac.tensor_network.pattern import SpatialAxis
 
 SPECTRUM_LIMIT = 1 << 22
 """Elements that are transformed at a time."""
+PART, MIN_PIXELS = 1 << 21, 1 << 17
+"""Elements that are multiplied (or written) at a time, but no fewer pixels."""
 
 
 def all_windows(x: Tensor, spatial: Sequence[SpatialAxis], groups: int) -> Tensor:
@@ -53,34 +55,42 @@ def _write_windows(factor: Tensor, correlation: Tensor) -> None:
 
 
 def _write_products(factor: Tensor, x: Tensor, spatial: Sequence[SpatialAxis]) -> None:
-    """Write the correlation of one group of channels, offset by offset.
+    """Write the correlation of one group of channels, whose negative offsets are transposes.
 
-    Rows of pixels with zeros behind each line: then an offset is one shift of all rows, and
+    A part of the channels at a time, so that little is held beside the factor.
+    """
+    half = _by_products(x, spatial)
+    offsets = [2 * a.kernel_size - 1 for a in spatial]
+    rows = max(1, PART // (prod(offsets) * x.shape[1]))
+    for start in range(0, x.shape[1], rows):
+        part = slice(start, start + rows)
+        mirrored = half[1:, :, part].flip(0).mT
+        whole = torch.cat([mirrored, half[:, part]]).unflatten(0, offsets)
+        _write_windows(factor[:, part], whole.movedim((-2, -1), (0, 1))[None])
+
+
+def _by_products(x: Tensor, spatial: Sequence[SpatialAxis]) -> Tensor:
+    """The correlation (δ, c, c') of one group, for half of the offsets, in order, from 0 on.
+
+    Pixels are rows, with zeros behind each line: then an offset is one shift of all rows, and
     the pixels that leave a line meet zeros.
     """
     gaps = [(a.kernel_size - 1) * a.dilation for a in spatial]
     padded = [n + gap for n, gap in zip(x.shape[2:], gaps, strict=True)]
-    pixels = x.new_zeros(len(x), *padded, x.shape[1])
-    inside = tuple(slice(n) for n in x.shape[2:])
-    pixels[(slice(None), *inside)] = x.movedim(1, -1)
-    pixels = pixels.flatten(0, -2)
     steps = [a.dilation * prod(padded[dim + 1 :]) for dim, a in enumerate(spatial)]
-    for offset in product(*(range(1 - a.kernel_size, a.kernel_size) for a in spatial)):
-        if offset < (0,) * len(offset):
-            continue  # by symmetry
-        shift = sum(o * step for o, step in zip(offset, steps, strict=True))
-        correlation = pixels[: len(pixels) - shift].mT @ pixels[shift:]
-        _write_offset(factor, offset, correlation)
-        if any(offset):
-            _write_offset(factor, [-o for o in offset], correlation.mT)
-
-
-def _write_offset(factor: Tensor, offset: Iterable[int], correlation: Tensor) -> None:
-    """Write R[:, :, δ] to all pairs k' = k + δ of kernel pixels, which are a diagonal."""
-    place, dims = factor[0], (factor.dim() - 3) // 2
-    for done, at in enumerate(offset):  # (c, k…, c', k'…, diagonals…): the first k and k'
-        place = place.diagonal(at, 1, 2 + dims - done)
-    place.copy_(correlation.reshape(*correlation.shape, *(1 for _ in place.shape[2:])))
+    offsets = list(product(*(range(1 - a.kernel_size, a.kernel_size) for a in spatial)))
+    shifts = [sum(o * step for o, step in zip(offset, steps, strict=True)) for offset in offsets]
+    shifts = shifts[len(shifts) // 2 :]
+    channels = x.shape[1]
+    correlation = x.new_zeros(len(shifts), channels, channels)
+    inside = tuple(slice(n) for n in x.shape[2:])
+    for part in x.split(max(1, max(PART // channels, MIN_PIXELS) // prod(padded))):
+        pixels = x.new_zeros(len(part), *padded, channels)
+        pixels[(slice(None), *inside)] = part.movedim(1, -1)
+        rows = pixels.flatten(0, -2)
+        for at, shift in enumerate(shifts):
+            correlation[at].addmm_(rows[: len(rows) - shift].mT, rows[shift:])
+    return correlation
 
 
 def _by_transforms(x: Tensor, spatial: Sequence[SpatialAxis], groups: int) -> Tensor:
