@@ -32,7 +32,27 @@ def by_definition(x: torch.Tensor, spatial: list[SpatialAxis], groups: int) -> t
     return gram.reshape(groups, channels, *kernels, channels, *kernels)
 
 
-@pytest.mark.parametrize("way", ["transforms", "products", "convolution"])
+@pytest.mark.parametrize("padding", [0.0, 1e9], ids=["overlapping", "shifted"])
+@given(
+    spatial=st.lists(axes(), min_size=1, max_size=3),
+    batch=st.integers(1, 5),
+    channels=st.integers(1, 3),
+    part=st.sampled_from([1, 50, 10**6]),
+)
+def test_products_are_the_definition_in_parts_of_any_size(padding, spatial, batch, channels, part):
+    x = torch.randn(batch, channels, *(a.input_size for a in spatial), dtype=torch.float64)
+    kernels = [a.kernel_size for a in spatial]
+    factor = x.new_empty(1, channels, *kernels, channels, *kernels)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(correlation, "MOST_PADDING", padding)
+        patch.setattr(correlation, "PART", part)
+        patch.setattr(correlation, "MANY_CHANNELS", 1)
+        correlation._write_products(factor, x, spatial)
+    expected = by_definition(x, spatial, 1)
+    torch.testing.assert_close(factor, expected, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("way", ["transforms", "convolution"])
 @given(
     spatial=st.lists(axes(), min_size=1, max_size=3),
     batch=st.integers(1, 3),
@@ -40,16 +60,12 @@ def by_definition(x: torch.Tensor, spatial: list[SpatialAxis], groups: int) -> t
     channels=st.integers(1, 3),
 )
 def test_each_way_is_the_definition(way, spatial, batch, groups, channels):
-    groups = 1 if way == "products" else groups
     shape = (batch, groups * channels, *(a.input_size for a in spatial))
     x = torch.randn(shape, dtype=torch.float64)
     kernels = [a.kernel_size for a in spatial]
     factor = x.new_empty(groups, channels, *kernels, channels, *kernels)
-    if way == "products":
-        correlation._write_products(factor, x, spatial)
-    else:
-        correlated = getattr(correlation, f"_by_{way}")(x, spatial, groups)
-        correlation._write_windows(factor, correlated)
+    correlated = getattr(correlation, f"_by_{way}")(x, spatial, groups)
+    correlation._write_windows(factor, correlated)
     expected = by_definition(x, spatial, groups)
     torch.testing.assert_close(factor, expected, rtol=1e-11, atol=1e-11)
 

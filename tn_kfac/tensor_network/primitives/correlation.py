@@ -12,7 +12,7 @@ less accurate than the products, which need half of its multiplications and no w
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import combinations_with_replacement, product
 from math import prod
 
@@ -24,8 +24,12 @@ from tn_kfac.tensor_network.pattern import SpatialAxis
 
 SPECTRUM_LIMIT = 1 << 22
 """Elements that are transformed at a time."""
-PART, MIN_PIXELS = 1 << 21, 1 << 17
-"""Elements that are multiplied (or written) at a time, but no fewer pixels."""
+MANY_CHANNELS, PART, WHOLE = 256, 1 << 20, 1 << 28
+"""Products of so many channels are formed (and written) for a part at a time, of so many
+elements; with fewer channels a product needs more of them to be fast."""
+MOST_PADDING = 1.25
+"""With more padding than that, pixels that meet are copied instead."""
+Pair = tuple[Tensor, Tensor]
 
 
 def all_windows(x: Tensor, spatial: Sequence[SpatialAxis], groups: int) -> Tensor:
@@ -70,27 +74,47 @@ def _write_products(factor: Tensor, x: Tensor, spatial: Sequence[SpatialAxis]) -
 
 
 def _by_products(x: Tensor, spatial: Sequence[SpatialAxis]) -> Tensor:
-    """The correlation (δ, c, c') of one group, for half of the offsets, in order, from 0 on.
-
-    Pixels are rows, with zeros behind each line: then an offset is one shift of all rows, and
-    the pixels that leave a line meet zeros.
-    """
+    """The correlation (δ, c, c') of one group, for half of the offsets, in order, from 0 on."""
+    channels = x.shape[1]
+    offsets = list(product(*(range(1 - a.kernel_size, a.kernel_size) for a in spatial)))
+    offsets = offsets[len(offsets) // 2 :]
+    steps = [[o * a.dilation for o, a in zip(at, spatial, strict=True)] for at in offsets]
     gaps = [(a.kernel_size - 1) * a.dilation for a in spatial]
     padded = [n + gap for n, gap in zip(x.shape[2:], gaps, strict=True)]
-    steps = [a.dilation * prod(padded[dim + 1 :]) for dim, a in enumerate(spatial)]
-    offsets = list(product(*(range(1 - a.kernel_size, a.kernel_size) for a in spatial)))
-    shifts = [sum(o * step for o, step in zip(offset, steps, strict=True)) for offset in offsets]
-    shifts = shifts[len(shifts) // 2 :]
-    channels = x.shape[1]
-    correlation = x.new_zeros(len(shifts), channels, channels)
-    inside = tuple(slice(n) for n in x.shape[2:])
-    for part in x.split(max(1, max(PART // channels, MIN_PIXELS) // prod(padded))):
-        pixels = x.new_zeros(len(part), *padded, channels)
-        pixels[(slice(None), *inside)] = part.movedim(1, -1)
-        rows = pixels.flatten(0, -2)
-        for at, shift in enumerate(shifts):
-            correlation[at].addmm_(rows[: len(rows) - shift].mT, rows[shift:])
+    pairs = _shifted if prod(padded) < MOST_PADDING * prod(x.shape[2:]) else _overlapping
+    limit = PART if channels >= MANY_CHANNELS else WHOLE
+    correlation = x.new_zeros(len(steps), channels, channels)
+    for part in x.split(max(1, limit // (channels * prod(padded)))):
+        for sums, (left, right) in zip(correlation, pairs(part, steps, padded), strict=True):
+            sums.addmm_(left.mT, right)
     return correlation
+
+
+def _shifted(x: Tensor, steps: list[list[int]], padded: list[int]) -> Iterator[Pair]:
+    """Pixels as rows, and those that many steps further, with zeros behind each line.
+
+    Then a step is a shift of all rows, and pixels that leave a line meet zeros.
+    """
+    pixels = x.new_zeros(len(x), *padded, x.shape[1])
+    pixels[(slice(None), *(slice(n) for n in x.shape[2:]))] = x.movedim(1, -1)
+    rows = pixels.flatten(0, -2)
+    for step in steps:
+        shift = sum(n * prod(padded[dim + 1 :]) for dim, n in enumerate(step))
+        yield rows[: len(rows) - shift], rows[shift:]
+
+
+def _overlapping(x: Tensor, steps: list[list[int]], padded: list[int]) -> Iterator[Pair]:
+    """Pixels as rows, and those that many steps further, where an image has both."""
+    pixels, sizes = x.movedim(1, -1).contiguous(), x.shape[2:]
+    for step in steps:
+        left = pixels[_reached(sizes, [-n for n in step])]
+        yield left.flatten(0, -2), pixels[_reached(sizes, step)].flatten(0, -2)
+
+
+def _reached(sizes: Sequence[int], step: Sequence[int]) -> tuple[slice, ...]:
+    """The pixels of all images that a step from another pixel reaches."""
+    pairs = zip(sizes, step, strict=True)
+    return slice(None), *(slice(max(0, n), max(0, size + min(0, n))) for size, n in pairs)
 
 
 def _by_transforms(x: Tensor, spatial: Sequence[SpatialAxis], groups: int) -> Tensor:
