@@ -46,7 +46,7 @@ def test_products_are_the_definition_in_parts_of_any_size(padding, spatial, batc
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(correlation, "MOST_PADDING", padding)
         patch.setattr(correlation, "PART", part)
-        patch.setattr(correlation, "MANY_CHANNELS", 1)
+        patch.setattr(correlation, "WHOLE", part)
         correlation._write_products(factor, x, spatial)
     expected = by_definition(x, spatial, 1)
     torch.testing.assert_close(factor, expected, rtol=1e-11, atol=1e-11)

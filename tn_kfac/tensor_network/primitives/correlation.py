@@ -24,11 +24,10 @@ from tn_kfac.tensor_network.pattern import SpatialAxis
 
 SPECTRUM_LIMIT = 1 << 22
 """Elements that are transformed at a time."""
-MANY_CHANNELS, PART, WHOLE = 256, 1 << 20, 1 << 28
-"""Products of so many channels are formed (and written) for a part at a time, of so many
-elements; with fewer channels a product needs more of them to be fast."""
-MOST_PADDING = 1.25
-"""With more padding than that, pixels that meet are copied instead."""
+PART, WHOLE = 1 << 21, 1 << 28
+"""Elements of a correlation that are arranged at a time, and of pixels that are multiplied."""
+MOST_PADDING = 1.5
+"""With more padding than that, the pixels that meet are copied instead."""
 Pair = tuple[Tensor, Tensor]
 
 
@@ -82,9 +81,8 @@ def _by_products(x: Tensor, spatial: Sequence[SpatialAxis]) -> Tensor:
     gaps = [(a.kernel_size - 1) * a.dilation for a in spatial]
     padded = [n + gap for n, gap in zip(x.shape[2:], gaps, strict=True)]
     pairs = _shifted if prod(padded) < MOST_PADDING * prod(x.shape[2:]) else _overlapping
-    limit = PART if channels >= MANY_CHANNELS else WHOLE
     correlation = x.new_zeros(len(steps), channels, channels)
-    for part in x.split(max(1, limit // (channels * prod(padded)))):
+    for part in x.split(max(1, WHOLE // (channels * prod(padded)))):
         for sums, (left, right) in zip(correlation, pairs(part, steps, padded), strict=True):
             sums.addmm_(left.mT, right)
     return correlation
