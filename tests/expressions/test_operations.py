@@ -65,3 +65,12 @@ def test_memory_limit_keeps_the_value(name, data, limit):
 def test_impossible_memory_limits(limit):
     with pytest.raises(ValueError, match=f"memory_limit.*{limit}"):
         expressions.kfac_expand.limited(limit)
+
+
+def test_explanations_are_of_the_plan_that_a_call_follows():
+    x = torch.zeros(8, 8, 16, 16)
+    assert "slices" not in expressions.explain(expressions.kfac_expand.expression(x, 3, 2))
+    limited = expressions.kfac_expand.limited(1000).expression(x, 3, 2)
+    assert "slices" in expressions.explain(limited)
+    plain = expressions.kfac_expand.expression(x, 3, 2, simplify=False)
+    assert "Π" in expressions.explain(plain) and "rules" not in expressions.explain(plain)

@@ -19,7 +19,10 @@ def explain(expression: Expression | Network) -> str:
 
     >>> print(explain(kfac_reduce.expression(x, kernel_size=3, padding=1)))
     """
-    return _explain.explain(_network(expression))
+    if isinstance(expression, Network):
+        return _explain.explain(expression)
+    chosen = expression.plan()
+    return _explain.explain(expression.network, chosen, expression.simplify)
 
 
 def draw(

@@ -8,7 +8,7 @@ All symbolic work is cached by shapes and hyper-parameters.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache, update_wrapper
 from inspect import signature
 from typing import Any, Generic, ParamSpec
@@ -25,22 +25,22 @@ P = ParamSpec("P")
 
 @dataclass(frozen=True)
 class Expression:
-    """A derived network, and whether it is to be simplified before it is contracted."""
+    """A derived network, whether to simplify it, and how large intermediates may be."""
 
     network: Network
     simplify: bool = True
+    memory_limit: int = DEFAULT_LIMIT
 
     @cached_property
-    def _plans(self) -> dict[tuple[bool, int], AnyPlan]:
+    def _plans(self) -> dict[bool, AnyPlan]:
         """Plans made so far: a look-up here need not hash the network."""
         return {}
 
-    def plan(self, lowered: bool = True, memory_limit: int = DEFAULT_LIMIT) -> AnyPlan:
+    def plan(self, lowered: bool = True) -> AnyPlan:
         """How the network is contracted; `memory_limit` as in `Operation.limited`."""
-        key = (lowered, memory_limit)
-        if key not in self._plans:
-            self._plans[key] = plan(self.network, self.simplify, lowered, memory_limit)
-        return self._plans[key]
+        if lowered not in self._plans:
+            self._plans[lowered] = plan(self.network, self.simplify, lowered, self.memory_limit)
+        return self._plans[lowered]
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Operation(Generic[P]):
         update_wrapper(self, derive)
         self._function = derive
         self._memory_limit = memory_limit
-        self._derive = lru_cache(maxsize=1024)(derive)
+        self._derive = lru_cache(maxsize=1024)(self._limited(derive))
         parameters = signature(derive).parameters
         self._names = tuple(parameters)
         self._tensors = frozenset(n for n, p in parameters.items() if p.annotation == "Tensor")
@@ -77,7 +77,13 @@ class Operation(Generic[P]):
         """
         expression, tensors = self.bound(args, kwargs)
         kernels = next(iter(tensors.values())).dtype.is_floating_point
-        return execute(expression.plan(kernels, self._memory_limit), tensors)
+        return execute(expression.plan(kernels), tensors)
+
+    def _limited(self, derive: Callable[P, Expression]) -> Callable[P, Expression]:
+        """The function with this operation's memory limit in its expressions."""
+        return lambda *args, **kwargs: replace(
+            derive(*args, **kwargs), memory_limit=self._memory_limit
+        )
 
     def limited(self, memory_limit: int) -> Operation[P]:
         """The operation with intermediates of about `memory_limit` elements at most.

@@ -214,7 +214,8 @@ def _(
 @materialise.register
 def _(node: Pattern, shape: tuple[int, ...], tensors: Mapping[str, Tensor], like: Tensor) -> Tensor:
     anonymous = node.renamed({axis: str(i) for i, axis in enumerate(node.axes)})
-    build = _cached_pattern if _makes_plain_tensors() else pattern_tensor
+    small = prod(shape) <= CACHED_ELEMENTS
+    build = _cached_pattern if small and _makes_plain_tensors() else pattern_tensor
     return build(anonymous, like.dtype, like.device)
 
 
@@ -253,6 +254,10 @@ def pattern_tensor(pattern: Pattern, dtype: torch.dtype, device: torch.device) -
     tensor = torch.zeros(prod(shape), dtype=torch.int64, device=device)
     index = torch.where(valid, index, 0).flatten()
     return tensor.index_add_(0, index, valid.long().flatten()).reshape(shape).to(dtype)
+
+
+CACHED_ELEMENTS = 1 << 16
+"""Larger patterns are not kept: the cache is bounded in bytes too."""
 
 
 @lru_cache(maxsize=1024)

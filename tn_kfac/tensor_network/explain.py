@@ -9,36 +9,44 @@ from tn_kfac.tensor_network.network import Network, Node, Operand, operand
 from tn_kfac.tensor_network.pattern import Pattern
 from tn_kfac.tensor_network.plan import einsum_equation, plan_whole
 from tn_kfac.tensor_network.simplify import traced
-from tn_kfac.tensor_network.slicing import DEFAULT_LIMIT, AnyPlan, Sliced, plan
+from tn_kfac.tensor_network.slicing import AnyPlan, Sliced, plan
 
 
-def explain(network: Network, memory_limit: int = DEFAULT_LIMIT, itemsize: int = 4) -> str:
+def explain(
+    network: Network, chosen: AnyPlan | None = None, simplified: bool = True, itemsize: int = 4
+) -> str:
     """Describe a network's simplification, lowering, contraction path and costs.
 
     Args:
         network: A derived network, not simplified.
-        memory_limit: Elements of the largest intermediate.
+        chosen: The plan that is described; the default one if None.
+        simplified: Whether that plan is of the simplified network.
         itemsize: Bytes per element (4 for float32).
 
     Returns:
         Lines of text: the equation before and after, rules and lowerings, the steps, and
         FLOPs, bytes and peak memory beside those of the implementation that unfolds.
     """
-    simplified, rules = traced(network)
-    lowered = lower(network)
-    chosen = plan(network, memory_limit=memory_limit)
-    lines = [
-        f"equation    {_equation(network)}",
-        f"operands    {_operands(network)}",
-        f"simplified  {_equation(simplified)}",
-        f"operands    {_operands(simplified)}",
-        f"rules       {_counted(rules) or 'none applies'}",
-        f"lowering    {_counted(lowered.lowerings) or 'none: einsum'}",
+    chosen = chosen or plan(network)
+    lines = [f"equation    {_equation(network)}", f"operands    {_operands(network)}"]
+    lines += _rewritten(network) if simplified else ["simplified  no: as was asked for"]
+    lines += [
         *_path(chosen),
         "",
         *_costs(network, chosen, itemsize),
     ]
     return "\n".join(lines)
+
+
+def _rewritten(network: Network) -> list[str]:
+    """What simplification and lowering make of a network."""
+    simplified, rules = traced(network)
+    return [
+        f"simplified  {_equation(simplified)}",
+        f"operands    {_operands(simplified)}",
+        f"rules       {_counted(rules) or 'none applies'}",
+        f"lowering    {_counted(lower(network).lowerings) or 'none: einsum'}",
+    ]
 
 
 def _equation(network: Network) -> str:

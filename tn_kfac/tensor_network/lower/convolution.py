@@ -70,22 +70,24 @@ def convolution_call(network: Network) -> Network | None:
 def _fits(network: Network, call: ConvolutionCall) -> bool:
     """Whether torch's convolution beats an einsum (all measured, benchmarks/layer.py).
 
-    It does not if there is next to one window; nor, but for the forward pass, if nothing is
-    left of the patterns, which makes a matrix product of it. Without a sum over examples each
-    one is a group of its own, which suits many positions, or single channels.
+    It does not if there is one window; nor, but for the forward pass, if nothing is left of
+    the patterns, which makes a matrix product of it; nor for the weights of single channels
+    under kernels as large as the image. Without a sum over examples each one is a group of its
+    own, which suits many positions, or single channels.
     """
-    if all(axis.kernel_size >= axis.input_size - 1 for axis in call.spatial):
+    if all(axis.output_size == 1 for axis in call.spatial):
         return False
     if not any(isinstance(node, Pattern) for node in traced(network)[0].nodes):
         return call.kind == "forward"
-    if call.kind != "weight_vjp" or call.roles[0][0]:
+    if call.kind != "weight_vjp":
         return True
     group, _, channels, _ = call.groups
     if call.elements(channels) == 1:
-        return True
+        return any(axis.kernel_size < axis.input_size - 1 for axis in call.spatial)
     grouped = sum(call.size[axis] > 1 for axis in group) > 1
     positions = prod(axis.output_size for axis in call.spatial)
-    return positions >= (MANY_POSITIONS if grouped else MIN_POSITIONS)
+    least = MANY_POSITIONS if grouped else MIN_POSITIONS
+    return bool(call.roles[0][0]) or positions >= least
 
 
 def _call(
