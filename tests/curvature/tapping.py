@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from tn_kfac.curvature import LayerTap, Recipe
-from tn_kfac.layers import layer_of
+from tn_kfac.layers import Layer, layer_of
 from tn_kfac.structures import structure
 
 
@@ -16,19 +16,20 @@ def tapped(
     loss_average: Any = "batch",
     structures: tuple[str, str] = ("dense", "dense"),
     dtype: torch.dtype = torch.float64,
+    fisher: Any = "empirical",
 ) -> LayerTap:
     """One tap on modules that share their parameters; frozen parameters are left out."""
     first = modules[0]
     layer = layer_of(first)
-    assert layer is not None
+    assert isinstance(layer, Layer)
     recipe = Recipe(
         layer,
         has_weight=first.weight.requires_grad,
-        has_bias=first.bias is not None and first.bias.requires_grad,
+        has_bias=getattr(first, "bias", None) is not None and first.bias.requires_grad,
         approx=approx,
         loss_average=loss_average,
-        input_structure=structure(structures[0]),
-        output_structure=structure(structures[1]),
+        structures=(structure(structures[0]), structure(structures[1])),
+        fisher=fisher,
     )
     tap = LayerTap(recipe, dtype)
     for module in modules:

@@ -32,7 +32,7 @@ def _input_rows(case: LayerCase) -> Tensor:
     """Rows by the geometry's network, (n, shared, groups, features)."""
     layer = _geometry(case)
     x = layer.prepare_input(case.x)
-    rows = layer.input_rows(x.shape)
+    rows = layer.input_rows(x.shape, layer.prepare_gradient(case.module(case.x)).shape)
     dense = _dense(rows, x=x)
     return dense.reshape(rows.samples, rows.positions, layer.groups, layer.features_in)
 

@@ -1,6 +1,7 @@
 """Curvature captured in the backward pass."""
 
+from tn_kfac.curvature.sites import Site, find_sites
 from tn_kfac.curvature.statistics import Factors, Recipe, statistics
 from tn_kfac.curvature.tap import ForwardScope, LayerTap
 
-__all__ = ["Factors", "ForwardScope", "LayerTap", "Recipe", "statistics"]
+__all__ = ["Factors", "ForwardScope", "LayerTap", "Recipe", "Site", "find_sites", "statistics"]

@@ -12,18 +12,16 @@ normalise them, so sums over micro-batches of any sizes equal those of one batch
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from tn_kfac.layers.base import Layer
-from tn_kfac.structures import Structure
-from tn_kfac.tensor_network.execute import execute
+from tn_kfac.layers.base import Ask, Layer, Saved
+from tn_kfac.structures import Diagonal, Structure
 from tn_kfac.tensor_network.rows import Approx
-from tn_kfac.tensor_network.slicing import AnyPlan, plan
 
+Fisher = Literal["empirical", "mc", "type-2", "forward-only"]
 LossAverage = Literal["batch", "batch+sequence"] | None
 
 
@@ -42,25 +40,46 @@ class Factors(NamedTuple):
 
 @dataclass(frozen=True)
 class Recipe:
-    """Which statistics of a layer to form: its geometry and the choices of the user."""
+    """Which statistics of a layer to form: its geometry and the choices of the user.
+
+    Attributes:
+        layer: The geometry.
+        has_weight: Whether the weight is trained.
+        has_bias: Whether the bias is trained.
+        approx: KFAC-expand or KFAC-reduce.
+        loss_average: What the loss averages over; of no effect for a Fisher whose gradients
+            are not those of the loss.
+        structures: Of the input's and the output gradient's factor, as the user chose them.
+        fisher: What the gradients are (`fisher` says more).
+    """
 
     layer: Layer
     has_weight: bool
     has_bias: bool
     approx: Approx
     loss_average: LossAverage
-    input_structure: Structure
-    output_structure: Structure
+    structures: tuple[Structure, Structure]
+    fisher: Fisher = "empirical"
+
+    @property
+    def input_structure(self) -> Structure:
+        """The structure of A: what the user chose, unless the layer's is diagonal anyway."""
+        return Diagonal() if self.layer.diagonal_input else self.structures[0]
+
+    @property
+    def output_structure(self) -> Structure:
+        """The structure of G."""
+        return self.structures[1]
 
     @property
     def dim_in(self) -> int:
-        """Dimension of A: features, and one for a bias."""
-        return self.layer.features_in * self.has_weight + self.has_bias
+        """Dimension of A."""
+        return self.layer.dims(self.has_weight, self.has_bias)[0]
 
     @property
     def dim_out(self) -> int:
         """Dimension of G."""
-        return self.layer.features_out
+        return self.layer.dims(self.has_weight, self.has_bias)[1]
 
     def shapes(self) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
         """Shapes of the statistics: A, G, and the counts (rows, loss terms)."""
@@ -70,80 +89,77 @@ class Recipe:
         return (groups, *input_shape), (groups, *output_shape), (2,)
 
     def normalise(self, A: Tensor, G: Tensor, counts: Tensor) -> Factors:
-        """Factors from summed statistics: A over its rows, G times the loss terms.
+        """Factors from summed statistics: A over its rows, G by the terms of the loss.
 
         This is the one place where a mean loss is accounted for: its gradients carry
-        1/N each, so their outer products carry 1/N² and their sum wants a factor N.
+        1/N each, so their outer products carry 1/N² and their sum wants a factor N. Gradients
+        of another Fisher carry no such factor: their sum is divided by what the loss is.
         """
         rows, terms = counts.unbind()
-        rows = rows.clamp(min=1)  # an empty batch has no rows
-        return Factors(A / rows, G if self.loss_average is None else G * terms)
+        A = A / rows.clamp(min=1)  # an empty batch has no rows
+        if self.fisher == "forward-only":
+            identity = self.output_structure.eye(len(G), self.dim_out, G.dtype, G.device)
+            return Factors(A, identity)
+        if self.fisher != "empirical":
+            return Factors(A, G / torch.where(terms > 0, terms, torch.ones_like(terms)))
+        return Factors(A, G if self.loss_average is None else G * terms)
 
-
-@dataclass(frozen=True)
-class _Plans:
-    """Plans for one pair of input and gradient shapes, and the counts that go with them."""
-
-    input_factor: AnyPlan | None
-    input_total: AnyPlan | None
-    gradient_factor: AnyPlan
-    rows: int
-    terms: int
-
-
-@lru_cache(maxsize=4096)
-def _plans(recipe: Recipe, input_shape: torch.Size | None, gradient_shape: torch.Size) -> _Plans:
-    approx = recipe.approx
-    gradients = recipe.layer.gradient_rows(gradient_shape)
-    factor = total = None
-    if input_shape is not None:
-        inputs = recipe.layer.input_rows(input_shape)
-        diagonal = recipe.input_structure.diagonal_suffices
-        tied = inputs.feature if diagonal else ()
-        factor = plan(inputs.factor(approx, mean=True, tied=tied))
-        if recipe.has_bias and not diagonal:
-            total = plan(inputs.total(approx, mean=True))
-    tied = gradients.feature if recipe.output_structure.diagonal_suffices else ()
-    every = gradients.samples * gradients.positions
-    return _Plans(
-        input_factor=factor,
-        input_total=total,
-        gradient_factor=plan(gradients.factor(approx, tied=tied)),
-        rows=every if approx == "expand" else gradients.samples,
-        terms=every if recipe.loss_average == "batch+sequence" else gradients.samples,
-    )
+    def ask(self, dtype: torch.dtype) -> Ask:
+        """What the layer is asked for."""
+        return Ask(
+            self.approx,
+            self.has_weight,
+            self.has_bias,
+            self.input_structure.diagonal_suffices,
+            self.output_structure.diagonal_suffices,
+            dtype,
+        )
 
 
 def statistics(
-    recipe: Recipe, x: Tensor | None, gradient: Tensor, dtype: torch.dtype, first_use: bool = True
+    recipe: Recipe,
+    saved: Saved,
+    gradient: Tensor,
+    dtype: torch.dtype,
+    first_use: bool = True,
+    with_input: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(A, G, counts) of one call of a layer, unnormalised, in `dtype`.
 
     Args:
         recipe: What to form.
-        x: The layer's input; None if only its bias is trained.
+        saved: What the layer saved of the call; nothing if only its bias is trained.
         gradient: The gradient of the loss with respect to the layer's output.
-        dtype: Of the statistics; both tensors are cast to it.
+        dtype: Of the statistics; floating tensors are cast to it.
         first_use: Whether this is the layer's first call in a forward pass of the model;
             later calls add rows, but no samples.
+        with_input: Whether to form A; without, its rows are none.
     """
-    gradient = recipe.layer.prepare_gradient(gradient.to(dtype))
-    if x is not None:
-        x = recipe.layer.prepare_input(x.to(dtype))
-    plans = _plans(recipe, None if x is None else x.shape, gradient.shape)
-    G = execute(plans.gradient_factor, {"v": gradient})
-    counts = gradient.new_full((2,), plans.rows)
-    counts[1] = plans.terms * first_use
-    return _input_statistic(recipe, plans, x, gradient), G, counts
+    layer, ask = recipe.layer, recipe.ask(dtype)
+    gradient = gradient.to(dtype)
+    saved = tuple(t.to(dtype) if t.is_floating_point() else t for t in saved)
+    samples, positions = layer.counts(gradient.shape)
+    rows = samples * positions if recipe.approx == "expand" else samples
+    terms = samples * positions if recipe.loss_average == "batch+sequence" else samples
+    counts = gradient.new_full((2,), rows * with_input)
+    counts[1] = terms * first_use if recipe.fisher == "empirical" else 0
+    if recipe.fisher == "forward-only":
+        G = gradient.new_zeros(recipe.shapes()[1])
+    else:
+        G = layer.gradient_factor(saved, gradient, ask)
+    if not with_input:
+        return gradient.new_zeros(recipe.shapes()[0]), G, counts
+    return _input_statistic(recipe, saved, gradient, rows, ask), G, counts
 
 
-def _input_statistic(recipe: Recipe, plans: _Plans, x: Tensor | None, like: Tensor) -> Tensor:
+def _input_statistic(recipe: Recipe, saved: Saved, gradient: Tensor, rows: int, ask: Ask) -> Tensor:
     """The statistic A: the factor of the rows, bordered by their sum for a bias."""
-    corner = like.new_full((recipe.layer.groups,), plans.rows)
-    if x is None or plans.input_factor is None:
-        return recipe.input_structure.eye(len(corner), 1, like.dtype, like.device) * plans.rows
-    A = execute(plans.input_factor, {"x": x})
-    if not recipe.has_bias:
+    layer, space = recipe.layer, recipe.input_structure
+    if not saved:
+        return space.eye(layer.groups, recipe.dim_in, ask.dtype, gradient.device) * rows
+    A = layer.input_factor(saved, gradient.shape, ask)
+    if layer.bias_is == "row" or not recipe.has_bias:
         return A
-    column = execute(plans.input_total, {"x": x}) if plans.input_total else None
-    return recipe.input_structure.border(A, column, corner)
+    corner = gradient.new_full((layer.groups,), rows)
+    column = None if ask.input_diagonal else layer.input_total(saved, gradient.shape, ask)
+    return space.border(A, column, corner)

@@ -18,16 +18,23 @@ from torch.autograd import forward_ad
 from torch.utils.hooks import RemovableHandle
 
 from tn_kfac.curvature.statistics import Factors, Recipe, statistics
+from tn_kfac.layers.base import Saved
+
+OF_THE_LOSS = ("empirical", "forward-only")
+"""Fishers whose statistics come with the gradients of the loss."""
 
 
 class Tap(torch.autograd.Function):
     """Identity on a layer's output, whose backward hands statistics to the probes."""
 
     @staticmethod
-    def forward(ctx: Any, output: Tensor, x: Tensor | None, layer_tap: LayerTap,
-                samples: Samples, *probes: Tensor) -> Tensor:  # fmt: skip
-        """Return `output`; save `x`, which the layer itself has saved for its weight."""
-        ctx.save_for_backward(x)
+    def forward(ctx: Any, output: Tensor, layer_tap: LayerTap, samples: Samples, count: int,
+                *tensors: Tensor) -> Tensor:  # fmt: skip
+        """Return `output`; of `tensors`, save the first `count`, as the layer itself does.
+
+        The others are the probes.
+        """
+        ctx.save_for_backward(*tensors[:count])
         ctx.layer_tap = layer_tap
         ctx.samples = samples
         if torch.compiler.is_compiling():
@@ -39,12 +46,20 @@ class Tap(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         """Pass the gradient on unchanged, and give each probe its statistic."""
         (gradient,) = gradients
+        tap: LayerTap = ctx.layer_tap
+        nothing = (None for _ in ctx.needs_input_grad[1:])
         compiling = torch.compiler.is_compiling()
-        if not compiling and not torch._C._will_engine_execute_node(ctx.next_functions[-1][0]):
-            return gradient, *(None for _ in ctx.needs_input_grad[1:])
-        (x,) = ctx.saved_tensors
-        first = ctx.samples.count_once(ctx.layer_tap.epoch)
-        return gradient, None, None, None, *ctx.layer_tap.measure(x, gradient, first)
+        if not tap.recording or not (compiling or _runs(ctx.next_functions[-1][0])):
+            return gradient, *nothing
+        saved = ctx.saved_tensors
+        first = ctx.samples.count_once(tap.epoch)
+        statistics = tap.measure(saved, gradient, first)
+        return gradient, None, None, None, *(None for _ in saved), *statistics
+
+
+def _runs(node: Any) -> bool:
+    """Whether the backward pass that runs now wants the gradient of a probe."""
+    return torch._C._will_engine_execute_node(node)
 
 
 class Samples:
@@ -66,6 +81,10 @@ class LayerTap:
     Attributes:
         enabled: Whether forward passes are tapped; the optimizer switches it off for
             steps that do not update the curvature.
+        recording: Whether backward passes are measured: always for the empirical Fisher, and
+            for another one while its own backward passes run.
+        measures_input: Whether they are measured for A too, or for G alone.
+        measured: Whether one was measured since somebody set this to False.
         epoch: Counts the calls of `clear`, so that samples are counted once in between.
         scope: The samples of the model's forward pass that runs now, if one does.
         latest: Those of the last one, for calls that checkpointing recomputes in backward.
@@ -75,6 +94,9 @@ class LayerTap:
         self.recipe = recipe
         self.dtype = dtype
         self.enabled = True
+        self.recording = recipe.fisher in OF_THE_LOSS
+        self.measures_input = True
+        self.measured = False
         self.epoch = 0
         self.scope: Samples | None = None
         self.latest: Samples | None = None
@@ -88,9 +110,9 @@ class LayerTap:
         if _transformed() or not self._trains(module):
             return None
         self._forget_discarded(module)
-        x: Tensor = args[0] if args else kwargs["input"]
-        saved = x if self.recipe.has_weight else None
-        return Tap.apply(output, saved, self, self._samples(), *self._probes_on(output.device))
+        saved = self.recipe.layer.saved(module, args, kwargs) if self.recipe.has_weight else ()
+        probes = self.probes_on(output.device)
+        return Tap.apply(output, self, self._samples(), len(saved), *saved, *probes)
 
     def _trains(self, module: nn.Module) -> bool:
         """Whether one of the parameters takes gradients now."""
@@ -102,7 +124,9 @@ class LayerTap:
 
     def _forget_discarded(self, module: nn.Module) -> None:
         """Drop statistics whose gradients were dropped: by `model.zero_grad()`, say."""
-        if torch.compiler.is_compiling() or not any(p.grad is not None for p in self._probes):
+        if torch.compiler.is_compiling() or self.recipe.fisher not in OF_THE_LOSS:
+            return
+        if not any(p.grad is not None for p in self._probes):
             return
         if all(parameter.grad is None for parameter in self._parameters(module)):
             self.clear()
@@ -119,7 +143,7 @@ class LayerTap:
     def __reduce__(self) -> tuple[type[InertHook], tuple[()]]:
         return InertHook, ()
 
-    def _probes_on(self, device: torch.device) -> tuple[Tensor, ...]:
+    def probes_on(self, device: torch.device) -> tuple[Tensor, ...]:
         """The probes: expanded scalars, so that they need no memory."""
         if not self._probes or self._probes[0].device != device:
             zero = torch.zeros((), dtype=self.dtype, device=device)
@@ -127,11 +151,18 @@ class LayerTap:
             self._probes = tuple(zero.expand(shape).requires_grad_() for shape in shapes)
         return self._probes
 
-    def measure(self, x: Tensor | None, gradient: Tensor, first_use: bool) -> tuple[Tensor, ...]:
+    def measure(self, saved: Saved, gradient: Tensor, first_use: bool) -> tuple[Tensor, ...]:
         """The statistics of one call, outside of any autograd graph and autocast region."""
-        x = None if x is None else x.detach()
+        self.measured = True
+        saved = tuple(tensor.detach() for tensor in saved)
         with torch.no_grad(), torch.autocast(gradient.device.type, enabled=False):
-            return statistics(self.recipe, x, gradient.detach(), self.dtype, first_use)
+            arguments = (self.recipe, saved, gradient.detach(), self.dtype)
+            return statistics(*arguments, first_use, self.measures_input)
+
+    @property
+    def probes(self) -> tuple[Tensor, ...]:
+        """The leaves whose gradients are the statistics: A, G and the counts; none yet: ()."""
+        return self._probes
 
     def factors(self) -> Factors | None:
         """The normalised factors of all backward passes since `clear`, None without one."""

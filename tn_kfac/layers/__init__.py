@@ -1,6 +1,19 @@
 """Layers whose weights have Kronecker factors, found by the module's type."""
 
-from tn_kfac.layers import conv, linear
-from tn_kfac.layers.base import Layer, layer_of
+from tn_kfac.layers import conv, conv_transpose, embedding, linear, norm
+from tn_kfac.layers.base import Ask, Layer, Refused, layer_named, layer_of
+from tn_kfac.layers.rows import RowLayer
 
-__all__ = ["Layer", "conv", "layer_of", "linear"]
+__all__ = [
+    "Ask",
+    "Layer",
+    "Refused",
+    "RowLayer",
+    "conv",
+    "conv_transpose",
+    "embedding",
+    "layer_named",
+    "layer_of",
+    "linear",
+    "norm",
+]

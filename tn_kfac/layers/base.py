@@ -1,23 +1,50 @@
-"""The geometry of a layer: how its weight acts on rows, and how rows come from tensors.
+"""The geometry of a layer: how its weight acts, and what it contributes to its factors.
 
-A layer is, per channel group g, a matrix product y[n, s, g] = W[g] · r[n, s, g] of the
-weight matrix with rows r made from the input. Curvature needs only the networks of the
-input's rows and of the output gradient's rows.
+A layer is, per group g, a matrix product y[n, s, g] = W[g] · r[n, s, g] of the weight matrix
+with rows r made from the input (sample n, shared position s). Its factors need sums over the
+rows of the input and of the output gradient; the four methods that form them are all that a
+new kind of layer must supply. `RowLayer` derives them from tensor networks.
 
-To support a new module, subclass `Layer` (a frozen dataclass of hyper-parameters) and
-register a function on `layer_of` that builds it from the module.
+To support a new module, subclass one of the two (a frozen dataclass of hyper-parameters) and
+register a function on `layer_of` that builds it from the module; `layer_named` does so for
+a class of a package that may be missing.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import singledispatch
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from tn_kfac.tensor_network.rows import Rows
+from tn_kfac.tensor_network.rows import Approx
+
+Saved = tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class Ask:
+    """What is wanted of a layer.
+
+    Attributes:
+        approx: KFAC-expand or KFAC-reduce.
+        weight: Whether the weight is trained.
+        bias: Whether the bias is trained.
+        input_diagonal: Whether the diagonal of the input's factor suffices.
+        output_diagonal: Whether that of the output gradient's does.
+        dtype: Of the sums.
+    """
+
+    approx: Approx
+    weight: bool = True
+    bias: bool = False
+    input_diagonal: bool = False
+    output_diagonal: bool = False
+    dtype: torch.dtype = torch.float32
 
 
 @dataclass(frozen=True)
@@ -25,30 +52,58 @@ class Layer(ABC):
     """Hyper-parameters of a layer; hashable, so that plans are cached by it.
 
     Attributes:
-        groups: Channel groups, each with a weight matrix and factors of its own.
+        groups: Groups, each with a weight matrix and factors of its own.
         features_in: Columns of each group's weight matrix, without a bias.
         features_out: Rows of each group's weight matrix.
+        bias_is: Where the bias is appended to the weight matrix: a column or a row.
+        diagonal_input: Whether the input's factor is diagonal, whatever a user asks for.
+        curvature: "kronecker", or "diagonal" where the factors are the Fisher's own blocks
+            of the few parameters of a channel.
     """
+
+    bias_is: ClassVar[str] = "column"
+    diagonal_input: ClassVar[bool] = False
+    curvature: ClassVar[str] = "kronecker"
 
     groups: int
     features_in: int
     features_out: int
 
-    @abstractmethod
-    def prepare_input(self, x: Tensor) -> Tensor:
-        """The input with a batch dimension, and with padding that is not zeros."""
+    def saved(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Saved:
+        """The tensors of a call that the factors need, one at least: the input.
+
+        They are those that the module saves for its own backward pass, so that they cost no
+        memory.
+        """
+        return (args[0] if args else kwargs["input"],)
 
     @abstractmethod
-    def prepare_gradient(self, gradient: Tensor) -> Tensor:
-        """The output gradient with a batch dimension."""
+    def counts(self, gradient: torch.Size) -> tuple[int, int]:
+        """Samples and shared positions, from the shape of the output gradient."""
 
     @abstractmethod
-    def input_rows(self, shape: torch.Size) -> Rows:
-        """Rows of a prepared input of the given shape, from operand `x`."""
+    def input_factor(self, saved: Saved, gradient: torch.Size, ask: Ask) -> Tensor:
+        """Σ of outer products of input rows, (groups, in, in); the diagonal if asked for.
+
+        KFAC-reduce averages rows over shared positions first.
+        """
 
     @abstractmethod
-    def gradient_rows(self, shape: torch.Size) -> Rows:
-        """Rows of a prepared output gradient of the given shape, from operand `v`."""
+    def input_total(self, saved: Saved, gradient: torch.Size, ask: Ask) -> Tensor:
+        """Σ of input rows, (groups, in): the factor's column for a bias."""
+
+    @abstractmethod
+    def gradient_factor(self, saved: Saved, gradient: Tensor, ask: Ask) -> Tensor:
+        """Σ of outer products of output gradients, (groups, out, out); or the diagonal.
+
+        KFAC-reduce sums them over shared positions first.
+        """
+
+    def dims(self, weight: bool, bias: bool) -> tuple[int, int]:
+        """Columns and rows of the joint matrix of the trained ones of weight and bias."""
+        if self.bias_is == "row":
+            return self.features_in, self.features_out * weight + bias
+        return self.features_in * weight + bias, self.features_out
 
     def to_matrix(self, weight: Tensor) -> Tensor:
         """The weight (or its gradient) as matrices, (groups, features_out, features_in)."""
@@ -58,11 +113,58 @@ class Layer(ABC):
         """The inverse of `to_matrix`, for a weight of the given shape."""
         return matrix.reshape(shape)
 
+    def joined(self, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        """Weight and bias (or their gradients) as one matrix per group; None: not trained."""
+        parts = [] if weight is None else [self.to_matrix(weight)]
+        if bias is not None:
+            parts.append(bias.reshape(self.groups, -1, 1))
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=self._bias_dim)
+
+    def parted(
+        self, matrix: Tensor, weight: torch.Size | None, bias: torch.Size | None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """The inverse of `joined`, for the shapes of weight and bias."""
+        own = self.features_in if self.bias_is == "column" else self.features_out
+        left = None if weight is None else matrix.narrow(self._bias_dim, 0, own)
+        return (
+            None if left is None or weight is None else self.from_matrix(left, weight),
+            None if bias is None else matrix.select(self._bias_dim, -1).reshape(bias),
+        )
+
+    @property
+    def _bias_dim(self) -> int:
+        return -1 if self.bias_is == "column" else -2
+
+
+@dataclass(frozen=True)
+class Refused:
+    """Why a module has no factors, though one could think so: users are told."""
+
+    why: str
+
+
+Build = TypeVar("Build", bound=Callable[[Any], Layer | Refused | None])
+_BY_NAME: dict[str, Callable[[Any], Layer | Refused | None]] = {}
+
 
 @singledispatch
-def layer_of(module: nn.Module) -> Layer | None:
-    """The geometry of a module, None if it has no Kronecker factors.
+def layer_of(module: nn.Module) -> Layer | Refused | None:
+    """The geometry of a module, None if it has no factors.
 
     Dispatches on the module's type; a subclass is treated like its base class.
     """
+    for kind in type(module).__mro__:
+        build = _BY_NAME.get(f"{kind.__module__}.{kind.__qualname__}")
+        if build is not None:
+            return build(module)
     return None
+
+
+def layer_named(name: str) -> Callable[[Build], Build]:
+    """Register a function for the class of the given qualified name, without importing it."""
+
+    def register(build: Build) -> Build:
+        _BY_NAME[name] = build
+        return build
+
+    return register

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from tn_kfac.layers.base import Layer, layer_of
+from tn_kfac.layers.rows import RowLayer
 from tn_kfac.tensor_network.convolution import Convolution, Padding, convolution
 from tn_kfac.tensor_network.rows import Rows, channel_rows
 
 
 @dataclass(frozen=True)
-class ConvLayer(Layer):
+class ConvLayer(RowLayer):
     """A convolution. Rows of the input are its unfolded patches, per group."""
 
     kernel_size: tuple[int, ...]
@@ -43,7 +44,7 @@ class ConvLayer(Layer):
         arguments = (self.stride, padding, self.dilation, self.groups)
         return convolution(tuple(shape), self.kernel_size, *arguments)
 
-    def input_rows(self, shape: torch.Size) -> Rows:
+    def input_rows(self, shape: torch.Size, output: torch.Size) -> Rows:
         padding = self.padding if self.padding_mode == "zeros" else 0
         return self._convolution(shape, padding).rows()
 
@@ -52,8 +53,10 @@ class ConvLayer(Layer):
         return channel_rows("v", batch, self.groups, self.features_out, spatial)
 
 
-@layer_of.register
-def _(module: nn.Conv2d) -> Layer:
+@layer_of.register(nn.Conv1d)
+@layer_of.register(nn.Conv2d)
+@layer_of.register(nn.Conv3d)
+def _(module: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> Layer:
     return ConvLayer(
         groups=module.groups,
         features_in=module.in_channels // module.groups * prod(module.kernel_size),

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from tn_kfac.layers.base import Layer, layer_of
+from tn_kfac.layers.base import Layer, Refused, layer_named, layer_of
+from tn_kfac.layers.rows import RowLayer
 from tn_kfac.tensor_network.network import Network, operand
 from tn_kfac.tensor_network.rows import Rows
 
 
 @dataclass(frozen=True)
-class LinearLayer(Layer):
+class LinearLayer(RowLayer):
     """y[n, s…, :] = W x[n, s…, :]; every dimension between first and last is shared."""
 
     def prepare_input(self, x: Tensor) -> Tensor:
@@ -23,7 +25,7 @@ class LinearLayer(Layer):
     def prepare_gradient(self, gradient: Tensor) -> Tensor:
         return self.prepare_input(gradient)
 
-    def input_rows(self, shape: torch.Size) -> Rows:
+    def input_rows(self, shape: torch.Size, output: torch.Size) -> Rows:
         return _rows("x", shape)
 
     def gradient_rows(self, shape: torch.Size) -> Rows:
@@ -40,6 +42,17 @@ def _rows(name: str, shape: torch.Size) -> Rows:
     return Rows(Network.build([node], output, sizes), ("n",), axes, ("g",), ("f",))
 
 
+@dataclass(frozen=True)
+class TransposedLinearLayer(LinearLayer):
+    """The same with the weight stored as (in, out), as GPT-2 of HuggingFace does."""
+
+    def to_matrix(self, weight: Tensor) -> Tensor:
+        return weight.mT[None]
+
+    def from_matrix(self, matrix: Tensor, shape: torch.Size) -> Tensor:
+        return matrix[0].mT
+
+
 @layer_of.register
 def _(module: nn.Linear) -> Layer:
     return LinearLayer(1, module.in_features, module.out_features)
@@ -47,5 +60,17 @@ def _(module: nn.Linear) -> Layer:
 
 @layer_of.register
 def _(module: NonDynamicallyQuantizableLinear) -> None:
-    """The out-projection of MultiheadAttention: it is never called, so no hook fires."""
+    """The out-projection of MultiheadAttention, which is never called: no hook fires."""
     return None
+
+
+@layer_of.register
+def _(module: nn.MultiheadAttention) -> Refused:
+    return Refused("computes its projections without calling a layer")
+
+
+@layer_named("transformers.pytorch_utils.Conv1D")
+def conv1d_of_transformers(module: Any) -> Layer:
+    """HuggingFace's Conv1D, a Linear with its weight transposed."""
+    features_in, features_out = module.weight.shape
+    return TransposedLinearLayer(1, features_in, features_out)

@@ -17,9 +17,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from tn_kfac.curvature import Factors, ForwardScope, Recipe
+from tn_kfac.curvature import Factors, ForwardScope, LayerTap, Recipe, find_sites
+from tn_kfac.curvature.fisher import measure_fisher
+from tn_kfac.curvature.tap import OF_THE_LOSS
 from tn_kfac.optim import checkpoint, checks
-from tn_kfac.optim.binding import Binding, bind, find_sites
+from tn_kfac.optim.binding import Binding, bind
 from tn_kfac.optim.groups import (
     COMMON_KEYS,
     Group,
@@ -44,17 +46,23 @@ class KroneckerOptimizer(Optimizer, ABC):
 
     rule: ClassVar[str]
     option_checks: ClassVar[dict[str, checks.Check]]
-    built_in: ClassVar[tuple[str, ...]] = ("structure", "kfac_approx", "loss_average")
+    built_in: ClassVar[tuple[str, ...]] = ("structure", "kfac_approx", "loss_average", "fisher")
     found_inf: Tensor  # set by a GradScaler while it calls `step`
     grad_scale: Tensor | None  # likewise
     _step_supports_amp_scaling = True  # torch's name: GradScaler hands over its scale
 
     def __init__(
-        self, model: nn.Module, params: Any, options: Group, warn_unsupported: bool
+        self,
+        model: nn.Module,
+        params: Any,
+        options: Group,
+        warn_unsupported: bool,
+        norms: bool = False,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
         checks.flag("warn_unsupported", warn_unsupported)
+        checks.flag("norms", norms)
         self._model = model
         self._options = self._checked(options)
         self._bindings: list[Binding] = []
@@ -62,7 +70,7 @@ class KroneckerOptimizer(Optimizer, ABC):
         self._scope = ForwardScope([])
         self._ready = False
         self._dropped: set[Tensor] = set()
-        sites, refused = find_sites(model)
+        sites, refused = find_sites(model, norms)
         self._sites = {p: site for site in sites for p in site.parameters}
         groups = as_groups(model.parameters() if params is None else params)
         super().__init__(groups, {key: options[key] for key in COMMON_KEYS})
@@ -151,12 +159,52 @@ class KroneckerOptimizer(Optimizer, ABC):
         for binding in self._bindings:
             binding.tap.clear()
 
+    def curvature(
+        self,
+        outputs: Tensor,
+        loss: str | nn.Module,
+        targets: Tensor | None = None,
+        samples: int = 1,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        """Measure the curvature of a batch, for fisher="mc" and "type-2".
+
+        To be called after the forward pass and before the backward pass of each (micro-)batch;
+        for the other kinds of Fisher, and on steps that update no factors, it does nothing.
+        Gradients of parameters are neither computed nor changed.
+
+        >>> outputs = model(x)
+        >>> optimizer.curvature(outputs, loss_fn, targets)
+        >>> loss_fn(outputs, targets).backward()
+
+        Args:
+            outputs: Of the model, as the loss takes them.
+            loss: "cross_entropy", "mse" or "bce_with_logits", or a module of their kind with
+                its options (class weights, ignore_index, label smoothing, reduction).
+            targets: Needed where the loss weights classes or ignores an index.
+            samples: How many labels to draw for each example ("mc").
+            generator: Of these draws.
+
+        Raises:
+            ValueError: If an argument is out of range, or outputs carry no graph.
+            TypeError: If the loss is of an unknown kind.
+        """
+        checks.interval("samples", samples)
+        kinds: dict[str, list[LayerTap]] = {}
+        for binding in self._bindings:
+            tap = binding.tap
+            if tap.recipe.fisher not in OF_THE_LOSS and tap.enabled and tap.probes:
+                kinds.setdefault(tap.recipe.fisher, []).append(tap)
+        for taps in kinds.values():
+            measure_fisher(taps, outputs, loss, targets, samples, generator)
+
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         """Update factors and parameters; returns the closure's loss, if there is one.
 
         Raises:
-            RuntimeError: If a GradScaler has already unscaled the gradients.
+            RuntimeError: If a GradScaler has already unscaled the gradients, or `curvature`
+                should have been called.
         """
         loss = None
         if closure is not None:
@@ -166,6 +214,7 @@ class KroneckerOptimizer(Optimizer, ABC):
         if not self._found_inf():
             groups = {p: group for group in self.param_groups for p in group["params"]}
             directions: dict[Tensor, Tensor] = {}
+            self._check_measured(groups)
             for binding in self._bindings:
                 group = groups[binding.parameters[0]]
                 directions |= self._layer_directions(binding, group, scale)
@@ -174,6 +223,21 @@ class KroneckerOptimizer(Optimizer, ABC):
         for binding in self._bindings:
             binding.tap.clear()
         return loss
+
+    def _check_measured(self, groups: dict[Tensor, Group]) -> None:
+        """Raise if a Fisher that is measured apart was not, in a step that needs it."""
+        due = [
+            b.tap
+            for b in self._bindings
+            if b.tap.recipe.fisher not in OF_THE_LOSS
+            and any(p.grad is not None for p in b.parameters)
+            and self.state[b.parameters[0]].get("step", 0) % groups[b.parameters[0]]["T"] == 0
+        ]
+        if due and all(tap.factors() is None for tap in due):
+            raise RuntimeError(
+                f"fisher={due[0].recipe.fisher!r} has no curvature for this step: call "
+                "optimizer.curvature(outputs, loss, targets) between forward and backward"
+            )
 
     def _loss_scale(self) -> Tensor | None:
         """The scale of a GradScaler that calls this step, after unscaling the gradients."""
@@ -210,7 +274,7 @@ class KroneckerOptimizer(Optimizer, ABC):
             state |= {"step": 0} | self._new_state(recipe, binding.dtypes, matrix.device)
         factors = binding.tap.factors() if state["step"] % group["T"] == 0 else None
         if factors is not None:
-            if scale is not None:
+            if scale is not None and recipe.fisher == "empirical":
                 factors = Factors(factors.A, factors.G / scale**2)
             self._update_factors(state, factors, recipe, group)
         state["step"] += 1

@@ -1,43 +1,18 @@
-"""Which parameters of a model belong to which layer.
-
-A layer's weight and bias share one pair of Kronecker factors. Layers are found by
-parameter identity, never by storage address, so a model may move to another device or
-dtype afterwards.
-"""
+"""Which parameters of an optimizer's groups belong to which layer."""
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import Parameter
-from torch.nn.parameter import UninitializedParameter
 from torch.utils.hooks import RemovableHandle
 
-from tn_kfac.curvature import LayerTap, Recipe
-from tn_kfac.curvature.tap import AutocastInput
-from tn_kfac.layers import Layer, layer_of
+from tn_kfac.curvature import LayerTap, Recipe, Site
 from tn_kfac.structures import structure
-
-
-@dataclass(frozen=True)
-class Site:
-    """Parameters that one pair of Kronecker factors serves, and the modules using them."""
-
-    name: str
-    layer: Layer
-    modules: tuple[nn.Module, ...]
-    weight: Parameter
-    bias: Parameter | None
-
-    @property
-    def parameters(self) -> tuple[Parameter, ...]:
-        """The weight, and the bias if there is one."""
-        return (self.weight,) if self.bias is None else (self.weight, self.bias)
 
 
 @dataclass(frozen=True)
@@ -57,14 +32,7 @@ class Binding:
 
     def attach(self) -> list[RemovableHandle]:
         """Hook the modules."""
-        return [
-            handle
-            for m in self.site.modules
-            for handle in (
-                m.register_forward_pre_hook(AutocastInput()),
-                m.register_forward_hook(self.tap, with_kwargs=True),
-            )
-        ]
+        return self.site.attach(self.tap)
 
     def gradient_matrix(self) -> Tensor | None:
         """The joint gradient (groups, d_out, d_in [+1]); None if no parameter has one.
@@ -73,74 +41,23 @@ class Binding:
         """
         if all(p.grad is None for p in self.parameters):
             return None
-        columns = []
-        layer = self.site.layer
-        if self.weight is not None:
-            columns.append(layer.to_matrix(_gradient(self.weight)))
-        if self.bias is not None:
-            columns.append(_gradient(self.bias).reshape(layer.groups, layer.features_out, 1))
-        return columns[0] if len(columns) == 1 else torch.cat(columns, dim=-1)
+        weight, bias = (None if p is None else _gradient(p) for p in (self.weight, self.bias))
+        return self.site.layer.joined(weight, bias)
 
     def directions(self, matrix: Tensor) -> dict[Tensor, Tensor]:
         """The joint matrix split into one direction per parameter with a gradient."""
-        split: dict[Tensor, Tensor] = {}
-        if self.weight is not None:
-            columns = matrix[..., : self.site.layer.features_in]
-            split[self.weight] = self.site.layer.from_matrix(columns, self.weight.shape)
-        if self.bias is not None:
-            split[self.bias] = matrix[..., -1].reshape(self.bias.shape)
-        return {p: d.to(p.dtype) for p, d in split.items() if p.grad is not None}
+        pair = (self.weight, self.bias)
+        shapes = (None if p is None else p.shape for p in pair)
+        parts = zip(pair, self.site.layer.parted(matrix, *shapes), strict=True)
+        return {
+            p: d.to(p.dtype)
+            for p, d in parts
+            if d is not None and p is not None and p.grad is not None
+        }
 
 
 def _gradient(parameter: Parameter) -> Tensor:
     return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-
-
-def find_sites(model: nn.Module) -> tuple[list[Site], list[str]]:
-    """All layers of a model with Kronecker factors, and why some have none.
-
-    Modules that share weight and bias form one site if they have the same geometry. A
-    weight (or bias) that is shared in any other way has no Kronecker factor, nor has a
-    complex one.
-
-    Raises:
-        ValueError: If a lazy module has not seen an input yet.
-    """
-    users: dict[Parameter, list[str]] = defaultdict(list)
-    grouped: dict[tuple[Parameter, Parameter | None, Layer], list[tuple[str, nn.Module]]]
-    grouped = defaultdict(list)
-    for name, module in model.named_modules():
-        direct = dict(module.named_parameters(recurse=False, remove_duplicate=False))
-        for parameter in direct.values():
-            users[parameter].append(name)
-        layer = layer_of(module)
-        weight, bias = direct.get("weight"), direct.get("bias")
-        if any(isinstance(p, UninitializedParameter) for p in direct.values()):
-            raise ValueError(
-                f"model has a lazy layer {name!r} without parameters yet: run one forward pass "
-                "before building the optimizer"
-            )
-        if layer is not None and weight is not None and _is_plain(direct):
-            grouped[weight, bias, layer].append((name, module))
-    sites, refused = [], []
-    for (weight, bias, layer), named in grouped.items():
-        names, modules = zip(*named, strict=True)
-        site = Site(names[0], layer, modules, weight, bias)
-        if all(len(users[p]) == len(names) for p in site.parameters):
-            sites.append(site)
-        else:
-            refused.append(f"{names[0]!r} shares parameters with {_others(users, site)}")
-    return sites, refused
-
-
-def _is_plain(direct: Mapping[str, Parameter]) -> bool:
-    """Whether a module's own parameters are a real weight and bias, and nothing else."""
-    return set(direct) <= {"weight", "bias"} and not any(p.is_complex() for p in direct.values())
-
-
-def _others(users: dict[Parameter, list[str]], site: Site) -> list[str]:
-    names: Iterable[str] = (name for p in site.parameters for name in users[p])
-    return sorted(set(names) - {site.name})
 
 
 def bind(
@@ -196,8 +113,8 @@ def _binding(site: Site, trained: list[Parameter], group: dict[str, Any]) -> Bin
         bias is not None,
         group["kfac_approx"],
         group["loss_average"],
-        input_structure,
-        output_structure,
+        (input_structure, output_structure),
+        group["fisher"],
     )
     default = torch.promote_types(trained[0].dtype, torch.float32)
     dtypes = [dtype or default for dtype in group["preconditioner_dtype"]]

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 from torch.nn import Parameter
 
-from tn_kfac.optim.binding import Site
+from tn_kfac.curvature import Site
 from tn_kfac.optim.rules import FALLBACK_EXTRAS
 
 COMMON_KEYS = ("lr", "momentum", "weight_decay")

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tn_kfac.curvature import Factors, Recipe
+from tn_kfac.curvature.statistics import Fisher
 from tn_kfac.optim import checks
 from tn_kfac.optim.base import KroneckerOptimizer
 from tn_kfac.optim.groups import Group
@@ -106,6 +107,12 @@ class SINGD(KroneckerOptimizer):
             shared positions: the tokens of a sequence) or None for a sum.
         lr_cov: Step size of the factor updates (β₁), or a callable of the step.
         structure: "diagonal" or "dense" for both factors, or a pair (input, output).
+        fisher: "empirical" takes the gradients of the loss; "mc" those for labels drawn from
+            the model, and "type-2" the exact Hessian of the loss in the outputs: both need a
+            call of `curvature` before each backward pass. "forward-only" sets G to I.
+        norms: Whether the affine parameters of normalisation layers get factors (the exact
+            diagonal of the Fisher, at the price of one more pass over their inputs) or are
+            trained by the fallback.
         structures: The same under the name that the package `singd` uses.
         kfac_approx: "expand" or "reduce" (https://arxiv.org/abs/2311.00636).
         warn_unsupported: Whether to warn of parameters that are not trained, or that
@@ -134,6 +141,7 @@ class SINGD(KroneckerOptimizer):
         "loss_average": lambda n, v: checks.one_of(n, v, (None, "batch", "batch+sequence")),
         "structure": lambda name, value: checks.structure_pair(value) and None,
         "kfac_approx": lambda n, v: checks.one_of(n, v, ("expand", "reduce")),
+        "fisher": lambda n, v: checks.one_of(n, v, ("empirical", "mc", "type-2", "forward-only")),
         "kfac_like": checks.flag,
         "normalize_lr_cov": checks.flag,
         "preconditioner_dtype": lambda name, value: checks.dtype_pair(value) and None,
@@ -159,6 +167,8 @@ class SINGD(KroneckerOptimizer):
         init_grad_scale: float = 1.0,
         normalize_lr_cov: bool = False,
         *,
+        fisher: Fisher = "empirical",
+        norms: bool = False,
         structures: tuple[StructureLike, StructureLike] | None = None,
         fallback: Literal["sgd", "adamw"] | None = "sgd",
         fallback_lr: float | None = None,
@@ -176,6 +186,7 @@ class SINGD(KroneckerOptimizer):
             "lr_cov": lr_cov,
             "structure": _given(structure, structures),
             "kfac_approx": kfac_approx,
+            "fisher": fisher,
             "kfac_like": kfac_like,
             "preconditioner_dtype": preconditioner_dtype,
             "normalize_lr_cov": normalize_lr_cov,
@@ -183,7 +194,7 @@ class SINGD(KroneckerOptimizer):
             "fallback_lr": fallback_lr,
             "fallback_weight_decay": fallback_weight_decay,
         }
-        super().__init__(model, params, options, warn_unsupported)
+        super().__init__(model, params, options, warn_unsupported, norms)
 
     def _new_state(
         self, recipe: Recipe, dtypes: tuple[torch.dtype, torch.dtype], device: torch.device

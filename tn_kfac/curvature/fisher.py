@@ -1,0 +1,260 @@
+"""Gradients of a model's own distribution, whose second moment is the Fisher.
+
+For a loss ℓ(f, y) with Hessian H in the outputs f, the GGN (the Fisher of the distribution
+that the loss is the negative log-likelihood of) is Jᵀ H J. It is the second moment of
+gradients Jᵀ s for
+
+    "mc":     s = ∂ℓ(f, ŷ)/∂f for labels ŷ drawn from the model, so that E[s sᵀ] = H
+    "type-2": s = the columns of a square root of H, one backward pass for each
+
+(https://arxiv.org/abs/1301.3584, Section 9; https://arxiv.org/abs/2106.02624). The empirical
+Fisher takes the gradients of the loss itself, and "forward-only" sets them to white noise, so
+that G = I (https://arxiv.org/abs/2201.12250).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from functools import singledispatch
+
+import torch
+from torch import Tensor, nn
+
+from tn_kfac.curvature.tap import LayerTap
+
+LOSSES: dict[str, type[nn.Module]] = {
+    "cross_entropy": nn.CrossEntropyLoss,
+    "mse": nn.MSELoss,
+    "bce_with_logits": nn.BCEWithLogitsLoss,
+}
+
+
+class Likelihood(ABC):
+    """A loss at given outputs.
+
+    Attributes:
+        terms: What the loss divides its sum by; 0 for a sum.
+    """
+
+    terms: Tensor | float
+
+    @abstractmethod
+    def sample(self, generator: torch.Generator | None) -> Tensor:
+        """s for labels drawn from the model, of the outputs' shape."""
+
+    @abstractmethod
+    def columns(self) -> Iterator[Tensor]:
+        """All columns s of a square root of the Hessian of each example."""
+
+
+class Categorical(Likelihood):
+    """Cross-entropy of softmax probabilities: H = coefficient · (diag p − p pᵀ)."""
+
+    def __init__(self, loss: nn.CrossEntropyLoss, outputs: Tensor, targets: Tensor | None) -> None:
+        self.dim = 1 if outputs.dim() > 1 else 0
+        self.p = outputs.movedim(self.dim, -1).softmax(-1)  # (n, …, classes)
+        self.coefficient, count = _class_weights(loss, self.p, targets, self.dim)
+        self.terms = count if loss.reduction == "mean" else 0.0
+
+    def sample(self, generator: torch.Generator | None) -> Tensor:
+        flat = self.p.reshape(-1, self.p.shape[-1])
+        labels = torch.multinomial(flat, 1, generator=generator).reshape(self.p.shape[:-1])
+        one_hot = torch.zeros_like(self.p).scatter_(-1, labels[..., None], 1.0)
+        return self._scaled(self.p - one_hot)
+
+    def columns(self) -> Iterator[Tensor]:
+        for label in range(self.p.shape[-1]):
+            column = -self.p * self.p[..., label, None].sqrt()
+            column[..., label] += self.p[..., label].sqrt()
+            yield from _one_position_each(self._scaled(column), self.dim)
+
+    def _scaled(self, rows: Tensor) -> Tensor:
+        return (rows * self.coefficient.sqrt()[..., None]).movedim(-1, self.dim)
+
+
+def _class_weights(
+    loss: nn.CrossEntropyLoss, p: Tensor, targets: Tensor | None, dim: int
+) -> tuple[Tensor, Tensor | float]:
+    """The coefficient of each position (n, …), and what a mean divides by."""
+    shape, classes = p.shape[:-1], p.shape[-1]
+    weight = p.new_ones(classes) if loss.weight is None else loss.weight.to(p)
+    if targets is None:
+        if loss.weight is not None:
+            raise ValueError("targets is None, but the loss weights classes: pass targets")
+        return p.new_ones(shape), float(shape.numel())
+    smoothing = loss.label_smoothing
+    if targets.is_floating_point():
+        soft = targets.to(p).movedim(dim, -1) * (1 - smoothing) + smoothing / classes
+        return soft @ weight, float(shape.numel())
+    if targets.shape != shape:
+        raise ValueError(
+            f"targets has shape {tuple(targets.shape)}, expected {tuple(shape)} for these outputs"
+        )
+    kept = targets != loss.ignore_index
+    own = weight[torch.where(kept, targets, 0)] * kept
+    smooth = own * (1 - smoothing) + kept * (smoothing * weight.mean())
+    return smooth, own.sum()
+
+
+class Gaussian(Likelihood):
+    """Squared error: H = 2 I."""
+
+    def __init__(self, loss: nn.MSELoss, outputs: Tensor) -> None:
+        self.like = torch.empty_like(outputs)
+        self.terms = float(outputs.numel()) if loss.reduction == "mean" else 0.0
+
+    def sample(self, generator: torch.Generator | None) -> Tensor:
+        return torch.empty_like(self.like).normal_(std=2**0.5, generator=generator)
+
+    def columns(self) -> Iterator[Tensor]:
+        yield from _one_coordinate_each(torch.full_like(self.like, 2**0.5))
+
+
+class Bernoulli(Likelihood):
+    """Binary cross-entropy of logits: H = coefficient · diag p (1 − p)."""
+
+    def __init__(self, loss: nn.BCEWithLogitsLoss, outputs: Tensor, targets: Tensor | None) -> None:
+        self.p = outputs.sigmoid()
+        coefficient = torch.ones_like(self.p)
+        if loss.pos_weight is not None:
+            if targets is None:
+                raise ValueError("targets is None, but the loss has pos_weight: pass targets")
+            coefficient = 1 + (loss.pos_weight.to(self.p) - 1) * targets.to(self.p)
+        if loss.weight is not None:
+            coefficient = coefficient * loss.weight.to(self.p)
+        self.coefficient = coefficient
+        self.terms = float(outputs.numel()) if loss.reduction == "mean" else 0.0
+
+    def sample(self, generator: torch.Generator | None) -> Tensor:
+        uniform = torch.empty_like(self.p).uniform_(generator=generator)
+        return (self.p - (uniform < self.p).to(self.p)) * self.coefficient.sqrt()
+
+    def columns(self) -> Iterator[Tensor]:
+        yield from _one_coordinate_each((self.coefficient * self.p * (1 - self.p)).sqrt())
+
+
+def _one_position_each(column: Tensor, dim: int) -> Iterator[Tensor]:
+    """A column (n, classes, …) for each position of an example: others have others' labels."""
+    if column.dim() <= 2:
+        yield column
+        return
+    flat = column.movedim(dim, 1).flatten(2)
+    for position in range(flat.shape[2]):
+        single = torch.zeros_like(flat)
+        single[..., position] = flat[..., position]
+        yield single.reshape(column.shape)
+
+
+def _one_coordinate_each(diagonal: Tensor) -> Iterator[Tensor]:
+    """Columns of the square root of a diagonal Hessian (n, …)."""
+    flat = diagonal.reshape(len(diagonal), -1) if diagonal.dim() else diagonal.reshape(1, 1)
+    for coordinate in range(flat.shape[1]):
+        single = torch.zeros_like(flat)
+        single[:, coordinate] = flat[:, coordinate]
+        yield single.reshape(diagonal.shape)
+
+
+@singledispatch
+def likelihood(loss: nn.Module, outputs: Tensor, targets: Tensor | None) -> Likelihood:
+    """The likelihood that a loss module stands for, at float32 (or wider) outputs.
+
+    Raises:
+        TypeError: If the loss has none that is known.
+    """
+    raise TypeError(
+        f"loss must be one of {sorted(LOSSES)} or a module of their kind, got {loss!r}: use "
+        "fisher='empirical' for other losses"
+    )
+
+
+@likelihood.register
+def _(loss: nn.CrossEntropyLoss, outputs: Tensor, targets: Tensor | None) -> Likelihood:
+    return Categorical(loss, outputs, targets)
+
+
+@likelihood.register
+def _(loss: nn.MSELoss, outputs: Tensor, targets: Tensor | None) -> Likelihood:
+    return Gaussian(loss, outputs)
+
+
+@likelihood.register
+def _(loss: nn.BCEWithLogitsLoss, outputs: Tensor, targets: Tensor | None) -> Likelihood:
+    return Bernoulli(loss, outputs, targets)
+
+
+def loss_module(loss: str | nn.Module) -> nn.Module:
+    """The loss by its name, or as it is.
+
+    Raises:
+        ValueError: If the name is unknown, or the loss is not reduced.
+        TypeError: If it is neither a name nor a module.
+    """
+    if isinstance(loss, str):
+        if loss not in LOSSES:
+            raise ValueError(f"loss={loss!r} is unknown: choose one of {sorted(LOSSES)}")
+        return LOSSES[loss]()
+    if not isinstance(loss, nn.Module):
+        raise TypeError(f"loss must be a name or a loss module, got {loss!r}")
+    reduction = getattr(loss, "reduction", "mean")
+    if reduction not in ("mean", "sum"):
+        raise ValueError(f"loss has reduction={reduction!r}: use 'mean' or 'sum'")
+    return loss
+
+
+def measure_fisher(
+    taps: Sequence[LayerTap],
+    outputs: Tensor,
+    loss: str | nn.Module,
+    targets: Tensor | None = None,
+    samples: int = 1,
+    generator: torch.Generator | None = None,
+) -> None:
+    """Add the curvature of a batch to the taps, which share one kind of Fisher.
+
+    Backward passes from `outputs` to the taps alone; the graph is kept, and no gradient of a
+    parameter is computed.
+
+    Raises:
+        ValueError: If an argument is out of range, or outputs carry no graph.
+        TypeError: If the loss is of an unknown kind.
+    """
+    if not outputs.requires_grad:
+        raise ValueError("outputs carries no graph: call the model with gradients enabled")
+    module = loss_module(loss)
+    exact = outputs.detach().to(torch.promote_types(outputs.dtype, torch.float32))
+    with torch.no_grad(), torch.autocast(outputs.device.type, enabled=False):
+        model = likelihood(module, exact, None if targets is None else targets.detach())
+        if taps[0].recipe.fisher == "type-2":
+            vectors = model.columns()
+        else:
+            vectors = (model.sample(generator) * samples**-0.5 for _ in range(samples))
+    probes = [probe for tap in taps for probe in tap.probes]
+    before = [_terms(tap) for tap in taps]
+    _backpropagate(taps, outputs, vectors, probes)
+    for tap, seen in zip(taps, before, strict=True):
+        if tap.probes and tap.probes[2].grad is not None and tap.measured:
+            tap.probes[2].grad[1] = seen + model.terms
+
+
+def _terms(tap: LayerTap) -> Tensor | float:
+    counts = tap.probes[2].grad if tap.probes else None
+    return 0.0 if counts is None else counts[1].clone()
+
+
+def _backpropagate(
+    taps: Sequence[LayerTap], outputs: Tensor, vectors: Iterator[Tensor], probes: list[Tensor]
+) -> None:
+    """One backward pass for each vector, of which the first measures inputs too."""
+    try:
+        for tap in taps:
+            tap.recording, tap.measured, tap.measures_input = True, False, True
+        for vector in vectors:
+            torch.autograd.backward(
+                outputs, vector.to(outputs.dtype), retain_graph=True, inputs=probes
+            )
+            for tap in taps:
+                tap.measures_input = False
+    finally:
+        for tap in taps:
+            tap.recording, tap.measures_input = False, True

@@ -1,0 +1,118 @@
+"""Which parameters of a model belong to which layer.
+
+A layer's weight and bias share one pair of Kronecker factors. Layers are found by
+parameter identity, never by storage address, so a model may move to another device or
+dtype afterwards.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from torch import nn
+from torch.nn import Parameter
+from torch.nn.parameter import UninitializedParameter
+from torch.nn.utils.parametrize import is_parametrized
+from torch.utils.hooks import RemovableHandle
+
+from tn_kfac.curvature.tap import AutocastInput, LayerTap
+from tn_kfac.layers import Layer, Refused, layer_of
+
+
+@dataclass(frozen=True)
+class Site:
+    """Parameters that one pair of Kronecker factors serves, and the modules using them."""
+
+    name: str
+    layer: Layer
+    modules: tuple[nn.Module, ...]
+    weight: Parameter
+    bias: Parameter | None
+
+    def attach(self, tap: LayerTap) -> list[RemovableHandle]:
+        """Hook the modules."""
+        return [
+            handle
+            for m in self.modules
+            for handle in (
+                m.register_forward_pre_hook(AutocastInput()),
+                m.register_forward_hook(tap, with_kwargs=True),
+            )
+        ]
+
+    @property
+    def parameters(self) -> tuple[Parameter, ...]:
+        """The weight, and the bias if there is one."""
+        return (self.weight,) if self.bias is None else (self.weight, self.bias)
+
+
+def find_sites(model: nn.Module, norms: bool = False) -> tuple[list[Site], list[str]]:
+    """All layers of a model with factors, and why some have none.
+
+    Modules that share weight and bias form one site if they have the same geometry. A
+    weight (or bias) that is shared in any other way has no Kronecker factor, nor has a
+    complex or a parametrised one.
+
+    Args:
+        model: The model.
+        norms: Whether to include the affine parameters of normalisation layers.
+
+    Raises:
+        ValueError: If a lazy module has not seen an input yet.
+    """
+    users: dict[Parameter, list[str]] = defaultdict(list)
+    grouped: dict[tuple[Parameter, Parameter | None, Layer], list[tuple[str, nn.Module]]]
+    grouped = defaultdict(list)
+    refused = []
+    for name, module in model.named_modules():
+        direct = dict(module.named_parameters(recurse=False, remove_duplicate=False))
+        for parameter in direct.values():
+            users[parameter].append(name)
+        _check_materialised(name, direct)
+        layer = layer_of(module)
+        why = layer.why if isinstance(layer, Refused) else _why_not(module, layer, direct)
+        if why:
+            refused.append(f"{name!r} {why}")
+        elif isinstance(layer, Layer) and "weight" in direct and (norms or not _is_norm(layer)):
+            grouped[direct["weight"], direct.get("bias"), layer].append((name, module))
+    sites = []
+    for (weight, bias, layer), named in grouped.items():
+        names, modules = zip(*named, strict=True)
+        site = Site(names[0], layer, modules, weight, bias)
+        if all(len(users[p]) == len(names) for p in site.parameters):
+            sites.append(site)
+        else:
+            refused.append(f"{names[0]!r} shares parameters with {_others(users, site)}")
+    return sites, refused
+
+
+def _check_materialised(name: str, direct: Mapping[str, Parameter]) -> None:
+    if any(isinstance(p, UninitializedParameter) for p in direct.values()):
+        raise ValueError(
+            f"model has a lazy layer {name!r} without parameters yet: run one forward pass "
+            "before building the optimizer"
+        )
+
+
+def _is_norm(layer: Layer) -> bool:
+    return layer.curvature == "diagonal"
+
+
+def _why_not(
+    module: nn.Module, layer: Layer | Refused | None, direct: Mapping[str, Parameter]
+) -> str | None:
+    """Why a module of a known kind has no factors; None if it has."""
+    if layer is None:
+        return None
+    if is_parametrized(module) or not set(direct) <= {"weight", "bias"}:
+        return "has a parametrised weight"
+    if any(p.is_complex() for p in direct.values()):
+        return "has complex parameters"
+    return None
+
+
+def _others(users: dict[Parameter, list[str]], site: Site) -> list[str]:
+    names: Iterable[str] = (name for p in site.parameters for name in users[p])
+    return sorted(set(names) - {site.name})

@@ -1,0 +1,83 @@
+"""Layers whose factors are contracted from the networks of their rows."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from tn_kfac.layers.base import Ask, Layer, Saved
+from tn_kfac.tensor_network.execute import execute
+from tn_kfac.tensor_network.rows import Approx, Rows
+from tn_kfac.tensor_network.slicing import AnyPlan, plan
+
+
+@dataclass(frozen=True)
+class RowLayer(Layer):
+    """A layer with networks of rows, of operands `x` (input) and `v` (output gradient)."""
+
+    @abstractmethod
+    def prepare_input(self, x: Tensor) -> Tensor:
+        """The input with a batch dimension, and with padding that is not zeros."""
+
+    @abstractmethod
+    def prepare_gradient(self, gradient: Tensor) -> Tensor:
+        """The output gradient with a batch dimension."""
+
+    @abstractmethod
+    def input_rows(self, shape: torch.Size, output: torch.Size) -> Rows:
+        """Rows of a prepared input of the given shape, whose output has the shape `output`."""
+
+    @abstractmethod
+    def gradient_rows(self, shape: torch.Size) -> Rows:
+        """Rows of a prepared output gradient of the given shape."""
+
+    def counts(self, gradient: torch.Size) -> tuple[int, int]:
+        rows = _gradient_rows(self, gradient)
+        return rows.samples, rows.positions
+
+    def input_factor(self, saved: Saved, gradient: torch.Size, ask: Ask) -> Tensor:
+        x = self.prepare_input(saved[0])
+        made = _input_plan(self, x.shape, gradient, ask.approx, ask.input_diagonal, False)
+        return execute(made, {"x": x})
+
+    def input_total(self, saved: Saved, gradient: torch.Size, ask: Ask) -> Tensor:
+        x = self.prepare_input(saved[0])
+        return execute(_input_plan(self, x.shape, gradient, ask.approx, False, True), {"x": x})
+
+    def gradient_factor(self, saved: Saved, gradient: Tensor, ask: Ask) -> Tensor:
+        v = self.prepare_gradient(gradient)
+        return execute(_gradient_plan(self, v.shape, ask.approx, ask.output_diagonal), {"v": v})
+
+
+def _prepared(layer: RowLayer, shape: torch.Size) -> torch.Size:
+    return layer.prepare_gradient(torch.empty(shape, device="meta")).shape
+
+
+@lru_cache(maxsize=4096)
+def _gradient_rows(layer: RowLayer, shape: torch.Size) -> Rows:
+    return layer.gradient_rows(_prepared(layer, shape))
+
+
+@lru_cache(maxsize=4096)
+def _input_plan(
+    layer: RowLayer,
+    shape: torch.Size,
+    gradient: torch.Size,
+    approx: Approx,
+    diagonal: bool,
+    total: bool,
+) -> AnyPlan:
+    rows = layer.input_rows(shape, _prepared(layer, gradient))
+    if total:
+        return plan(rows.total(approx, mean=True))
+    return plan(rows.factor(approx, mean=True, tied=rows.feature if diagonal else ()))
+
+
+@lru_cache(maxsize=4096)
+def _gradient_plan(layer: RowLayer, shape: torch.Size, approx: Approx, diagonal: bool) -> AnyPlan:
+    rows = layer.gradient_rows(shape)
+    return plan(rows.factor(approx, tied=rows.feature if diagonal else ()))
