@@ -1,7 +1,19 @@
 """Curvature captured in the backward pass."""
 
+from tn_kfac.curvature.estimate import kronecker_factors
+from tn_kfac.curvature.operators import to_curvlinops
 from tn_kfac.curvature.sites import Site, find_sites
 from tn_kfac.curvature.statistics import Factors, Recipe, statistics
 from tn_kfac.curvature.tap import ForwardScope, LayerTap
 
-__all__ = ["Factors", "ForwardScope", "LayerTap", "Recipe", "Site", "find_sites", "statistics"]
+__all__ = [
+    "Factors",
+    "ForwardScope",
+    "LayerTap",
+    "Recipe",
+    "Site",
+    "find_sites",
+    "kronecker_factors",
+    "statistics",
+    "to_curvlinops",
+]

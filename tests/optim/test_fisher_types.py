@@ -1,0 +1,134 @@
+"""Optimizers with other Fishers than the empirical one."""
+
+import pytest
+import torch
+from optimizers import each_optimizer
+from torch import nn
+
+LOSS = nn.CrossEntropyLoss()
+
+
+def net() -> nn.Module:
+    torch.manual_seed(0)
+    layers = nn.Conv2d(1, 3, 3), nn.ReLU(), nn.Flatten(), nn.Linear(3 * 36, 10)
+    return nn.Sequential(*layers).double()
+
+
+def batch(digits, step, size=8):
+    part = slice(step * size, (step + 1) * size)
+    return digits[0][part].double(), digits[1][part]
+
+
+def step(model, optimizer, parts, **options):
+    """One step on micro-batches (x, y); the loss is the mean over all of them."""
+    optimizer.zero_grad()
+    total = sum(len(x) for x, _ in parts)
+    for x, y in parts:
+        outputs = model(x)
+        optimizer.curvature(outputs, LOSS, y, **options)
+        (LOSS(outputs, y) * len(x) / total).backward()
+    optimizer.step()
+
+
+@each_optimizer
+@pytest.mark.parametrize("fisher", ["mc", "type-2", "forward-only", "empirical"])
+def test_every_fisher_trains(build, fisher, digits):
+    model = net()
+    optimizer = build(model, fisher=fisher, damping=0.1)
+    x, y = batch(digits, 0, 64)
+    before = LOSS(model(x), y).item()
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        step(model, optimizer, [(x, y)], generator=generator)
+    assert LOSS(model(x), y).item() < 0.7 * before
+
+
+@each_optimizer
+@pytest.mark.parametrize("fisher", ["type-2", "forward-only", "empirical"])
+def test_micro_batches_equal_one_batch(build, fisher, digits):
+    models = net(), net()
+    optimizers = [build(model, fisher=fisher) for model in models]
+    for at in range(3):
+        x, y = batch(digits, at)
+        step(models[0], optimizers[0], [(x, y)])
+        step(models[1], optimizers[1], [(x[:3], y[:3]), (x[3:], y[3:])])
+    for p, q in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-10, atol=1e-12)
+
+
+@each_optimizer
+def test_a_forgotten_call_is_an_error(build, digits):
+    model = net()
+    optimizer = build(model, fisher="mc")
+    x, y = batch(digits, 0)
+    LOSS(model(x), y).backward()
+    before = [p.clone() for p in model.parameters()]
+    with pytest.raises(RuntimeError, match=r"optimizer\.curvature"):
+        optimizer.step()
+    assert all(map(torch.equal, before, model.parameters()))
+
+
+@each_optimizer
+def test_steps_without_update_need_no_call_and_it_does_nothing(build, digits):
+    model = net()
+    optimizer = build(model, fisher="mc", T=2)
+    x, y = batch(digits, 0)
+    step(model, optimizer, [(x, y)])
+    optimizer.zero_grad()
+    LOSS(model(x), y).backward()
+    optimizer.step()
+    step(model, optimizer, [(x, y)])
+    outputs = model(x)
+    optimizer.curvature(outputs, LOSS, y)
+    assert all(b.tap.factors() is None for b in optimizer._bindings)
+
+
+@each_optimizer
+@pytest.mark.parametrize("samples", [0, -1, 1.5])
+def test_impossible_numbers_of_samples(build, samples, digits):
+    model = net()
+    optimizer = build(model, fisher="mc")
+    x, y = batch(digits, 0)
+    with pytest.raises((ValueError, TypeError), match="samples"):
+        optimizer.curvature(model(x), LOSS, y, samples=samples)
+
+
+@each_optimizer
+def test_unknown_fishers_are_refused_before_anything_is_hooked(build):
+    model = net()
+    with pytest.raises(ValueError, match=r"fisher.*'exact'"):
+        build(model, fisher="exact")
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+@each_optimizer
+def test_norm_layers_get_factors_where_asked_for(build):
+    model = nn.Sequential(nn.Linear(4, 3), nn.LayerNorm(3), nn.Linear(3, 2)).double()
+    optimizer = build(model, norms=True, damping=0.1, lr=0.01)
+    assert len(optimizer.param_groups) == 1
+    x = torch.randn(6, 4, dtype=torch.float64)
+    before = model(x).square().mean().item()
+    for _ in range(30):
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        optimizer.step()
+    assert model(x).square().mean().item() < before
+    assert optimizer.state[model[1].weight]["K"].shape[0] == 3
+
+
+@each_optimizer
+def test_autocast_in_bfloat16(build, digits):
+    model = net().float()
+    optimizer = build(model, fisher="mc")
+    x, y = batch(digits, 0, 64)
+    x = x.float()
+    before = LOSS(model(x), y).item()
+    for _ in range(10):
+        optimizer.zero_grad()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            outputs = model(x)
+            loss = LOSS(outputs, y)
+            optimizer.curvature(outputs, LOSS, y)
+        loss.backward()
+        optimizer.step()
+    assert LOSS(model(x), y).item() < before
