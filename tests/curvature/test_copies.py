@@ -102,8 +102,8 @@ def test_probes_follow_the_layer_to_another_device():
     """Statistics are kept on the device that the output is on."""
     model = nn.Linear(3, 2)
     tap = tapped(model)
-    assert {probe.device.type for probe in tap._probes_on(torch.device("cpu"))} == {"cpu"}
-    probes = tap._probes_on(torch.device("meta"))
+    assert {probe.device.type for probe in tap.probes_on(torch.device("cpu"))} == {"cpu"}
+    probes = tap.probes_on(torch.device("meta"))
     assert {probe.device.type for probe in probes} == {"meta"}
     assert [tuple(probe.shape) for probe in probes] == list(tap.recipe.shapes())
 
@@ -111,5 +111,5 @@ def test_probes_follow_the_layer_to_another_device():
 def test_probes_take_no_memory():
     """A probe is an expanded scalar, whatever the size of its statistic."""
     tap = tapped(nn.Linear(1000, 1000))
-    for probe in tap._probes_on(torch.device("cpu")):
+    for probe in tap.probes_on(torch.device("cpu")):
         assert probe.untyped_storage().nbytes() <= 8

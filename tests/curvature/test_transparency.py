@@ -9,7 +9,7 @@ from tapping import tapped
 from torch import Tensor, nn
 
 from tn_kfac.curvature import ForwardScope, LayerTap
-from tn_kfac.layers import layer_of
+from tn_kfac.layers import Layer, layer_of
 
 
 class OddInputs(nn.Module):
@@ -65,7 +65,7 @@ class Chunks(nn.Module):
 
 
 def _tap_all(model: nn.Module) -> list[LayerTap]:
-    taps = [tapped(m) for m in model.modules() if layer_of(m) is not None]
+    taps = [tapped(m) for m in model.modules() if isinstance(layer_of(m), Layer)]
     ForwardScope(taps).attach(model)
     return taps
 

@@ -19,6 +19,20 @@ OPTIMIZERS: dict[str, Callable[..., SINGD]] = {
 }
 each_optimizer = pytest.mark.parametrize("build", OPTIMIZERS.values(), ids=OPTIMIZERS)
 
+REFUSED = "^trained without Kronecker factors: "
+"""How the warning begins that names the modules of a known kind without factors."""
+
+
+class Table(nn.Module):
+    """A user's own embedding: its type says nothing of factors."""
+
+    def __init__(self, rows: int, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(rows, width))
+
+    def forward(self, indices: Tensor) -> Tensor:
+        return nn.functional.embedding(indices, self.weight)
+
 
 class Mixed(nn.Module):
     """Layers with factors, and parameters of every kind without."""
@@ -28,13 +42,15 @@ class Mixed(nn.Module):
         self.conv = nn.Conv2d(1, 3, 3, padding=1)
         self.norm = nn.BatchNorm2d(3)
         self.embedding = nn.Embedding(10, 3)
+        self.table = Table(10, 3)
         self.scale = nn.Parameter(torch.ones(3))
         self.head = nn.Linear(3, 10)
 
     def forward(self, x: Tensor) -> Tensor:
         features = self.norm(torch.tanh(self.conv(x))).relu().mean((2, 3))
         tokens = (8 * x[:, 0, 2:4, 2]).long()
-        return self.head(self.scale * features + self.embedding(tokens).sum(1))
+        known = self.embedding(tokens).sum(1) + self.table(tokens).sum(1)
+        return self.head(self.scale * features + known)
 
 
 def loss_of(model: nn.Module, digits: tuple[Tensor, Tensor], step: int, size: int = 8) -> Tensor:

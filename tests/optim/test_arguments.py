@@ -32,6 +32,8 @@ BAD: dict[str, list[tuple[Any, type[Exception]]]] = {
                   (1, TypeError), (("dense", None), TypeError), (Dense, TypeError)],
     "structures": [("wide", ValueError), (("dense",) * 3, ValueError), (("dense", 2), TypeError)],
     "kfac_approx": [("expnad", ValueError), (None, ValueError), (1, ValueError)],
+    "fisher": [("true", ValueError), ("type2", ValueError), (None, ValueError), (2, ValueError)],
+    "norms": NOT_FLAGS,
     "warn_unsupported": NOT_FLAGS,
     "kfac_like": NOT_FLAGS,
     "preconditioner_dtype": [("float32", TypeError), (torch.int32, ValueError),
@@ -60,7 +62,7 @@ def test_bad_value_is_named(name, value, error):
     assert hooks_on(model) == 0
 
 
-GROUP_KEYS = sorted(BAD.keys() - {"warn_unsupported", "init_grad_scale", "structures"})
+GROUP_KEYS = sorted(BAD.keys() - {"norms", "warn_unsupported", "init_grad_scale", "structures"})
 
 
 @pytest.mark.parametrize("name", GROUP_KEYS)

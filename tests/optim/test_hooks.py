@@ -11,11 +11,11 @@ from torch import nn
 
 @each_optimizer
 def test_only_layers_with_factors_are_hooked(digits, build):
-    """conv, head and the model itself; nothing else, and no more of it while training."""
+    """conv, embedding, head and the model itself; nothing else, and no more while training."""
     model = Mixed()
     optimizer = build(model)
-    assert hooks_on(model.conv) == hooks_on(model.head) > 0
-    assert hooks_on(model.norm) == hooks_on(model.embedding) == 0
+    assert hooks_on(model.conv) == hooks_on(model.embedding) == hooks_on(model.head) > 0
+    assert hooks_on(model.norm) == hooks_on(model.table) == 0
     installed = hooks_on(model)
     train(model, optimizer, digits, range(2))
     assert hooks_on(model) == installed
@@ -76,7 +76,10 @@ def test_two_optimizers_share_a_model(digits, build):
     model = Mixed().double()
     twin = copy.deepcopy(model)
     parts = [[*m.conv.parameters(), *m.norm.parameters()] for m in (model, twin)]
-    rest = [[*m.head.parameters(), *m.embedding.parameters()] for m in (model, twin)]
+    rest = [
+        [p for part in (m.head, m.embedding, m.table) for p in part.parameters()]
+        for m in (model, twin)
+    ]
     one = build(twin, [{"params": parts[1]}, {"params": rest[1], "lr": 0.01}])
     two = [build(model, parts[0]), build(model, rest[0], lr=0.01)]
     expected = train(twin, one, digits, range(4))

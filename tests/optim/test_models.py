@@ -1,10 +1,12 @@
 """Models of many kinds train: every parameter moves, the loss falls, nothing crashes."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import pytest
 import torch
-from optimizers import changed, copied, each_optimizer, is_identity, train
+from optimizers import REFUSED, changed, copied, each_optimizer, is_identity, train
 from reference.networks import DigitNet
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
@@ -43,6 +45,13 @@ class Recurrent(nn.Module):
         return self.lstm(x)[0][:, -1:]
 
 
+class Tokens(nn.Module):
+    """The brightness of the pixels in a row of an image, as one of 17 tokens each."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (16 * x[:, 0, 3]).long()
+
+
 def _rows() -> nn.Module:
     return nn.Flatten(1, 2)
 
@@ -59,6 +68,10 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
         nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(inplace=True), nn.Conv2d(4, 4, 3, groups=2),
         nn.GroupNorm(2, 4), nn.ReLU(inplace=True), nn.Flatten(2), nn.LayerNorm(16), Head(16),
     ),
+    "embeddings": lambda: nn.Sequential(Tokens(), nn.Embedding(17, 6), nn.Tanh(), Head(6)),
+    "bag of embeddings": lambda: nn.Sequential(
+        Tokens(), nn.EmbeddingBag(17, 6), nn.Tanh(), nn.Linear(6, 10)
+    ),
     "other convolutions": lambda: nn.Sequential(
         nn.ConvTranspose2d(1, 2, 2), nn.Tanh(), nn.Flatten(2), nn.Conv1d(2, 4, 3, stride=4),
         nn.Tanh(), Head(20),
@@ -72,6 +85,14 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "prelu": lambda: nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.PReLU(8), nn.Linear(8, 10)),
 }  # fmt: skip
 
+# Modules of a known kind that have no factors all the same: their users are told.
+WARNINGS = {
+    "transformer layer": r"'1\.self_attn' computes its projections without calling a layer$",
+    "attention": r"'1\.attention' computes its projections without calling a layer$",
+    "weight norm": "'1' has a parametrised weight$",
+    "spectral norm": "'1' has a parametrised weight$",
+}
+
 SAME_BATCH = [0] * 30  # so that the loss must fall
 
 # Exactly zero gradient by construction: attention does not see a shift of all its keys, and a
@@ -81,13 +102,21 @@ UNMOVED = {
 }
 
 
+def _warned(name: str) -> AbstractContextManager[Any]:
+    """Expects what is said of a model when its optimizer is built (warnings are errors here)."""
+    if name not in WARNINGS:
+        return nullcontext()
+    return pytest.warns(UserWarning, match=REFUSED + WARNINGS[name])
+
+
 @each_optimizer
 @pytest.mark.parametrize("fallback", ["sgd", "adamw"])
 @pytest.mark.parametrize("name", MODELS)
 def test_model_trains(digits, build, fallback, name):
     """Losses stay finite and fall, every parameter moves, and Linears get factors."""
     model = MODELS[name]()
-    optimizer = build(model, fallback=fallback, lr=0.02, fallback_lr=0.02)
+    with _warned(name):
+        optimizer = build(model, fallback=fallback, lr=0.02, fallback_lr=0.02)
     before = copied(model)
     losses = train(model, optimizer, digits, SAME_BATCH)
     assert losses[-1] < 0.9 * losses[0]
@@ -100,7 +129,10 @@ def test_model_trains(digits, build, fallback, name):
 def test_attention_projections_follow_the_fallback(digits, build):
     """out_proj is a Linear whose hooks never fire; it must not wait for statistics."""
     model = nn.Sequential(_rows(), Attention(), Head(8))
-    optimizer = build(model, fallback="adamw")
+    with _warned("attention") as caught:
+        optimizer = build(model, fallback="adamw")
+    assert len(caught) == 1
+    assert caught[0].filename == build.__code__.co_filename, "the warning points at the caller"
     rules = {p: group["rule"] for group in optimizer.param_groups for p in group["params"]}
     attention = model[1].attention
     assert {rules[p] for p in attention.parameters()} == {"adamw"}
@@ -108,6 +140,32 @@ def test_attention_projections_follow_the_fallback(digits, build):
     before = copied(model)
     train(model, optimizer, digits, range(3))
     assert "1.attention.out_proj.weight" in changed(model, before)
+
+
+@each_optimizer
+@pytest.mark.parametrize("name", WARNINGS)
+def test_refused_modules_need_no_warning_when_not_wanted(build, name):
+    """warn_unsupported=False is silent (warnings are errors here)."""
+    model = MODELS[name]()
+    optimizer = build(model, warn_unsupported=False)
+    assert {group["rule"] for group in optimizer.param_groups} == {"singd", "sgd"}
+
+
+@each_optimizer
+@pytest.mark.parametrize("name", ["embeddings", "bag of embeddings"])
+def test_embeddings_have_factors(digits, build, name):
+    """K is the diagonal over the tokens, whatever the structure, and follows their counts."""
+    model = MODELS[name]()
+    optimizer = build(model)
+    assert [group["rule"] for group in optimizer.param_groups] == ["singd"]
+    before = copied(model)
+    train(model, optimizer, digits, range(3))
+    assert changed(model, before) == set(before)
+    K, C = (optimizer.state[model[1].weight][name] for name in ("K", "C"))
+    assert K.shape == (1, 17)
+    assert C.shape[:2] == (1, 6)
+    assert not is_identity(K)
+    assert not is_identity(C)
 
 
 @each_optimizer

@@ -17,6 +17,7 @@ OPTIONS_OF_A_LAYER = {
     "loss_average": ("batch", None),
     "structure": ("diagonal", "dense"),
     "kfac_approx": ("expand", "reduce"),
+    "fisher": ("empirical", "forward-only"),
     "kfac_like": (False, True),
     "normalize_lr_cov": (False, True),
     "preconditioner_dtype": (None, torch.float64),
@@ -87,8 +88,8 @@ def test_groups_are_split_by_rule(build):
         for group in optimizer.param_groups
     ]
     assert summary == [
-        ("singd", 0.3, 0.1, {"conv.weight", "head.weight"}),
-        ("adamw", 0.3, 0.1, {"embedding.weight"}),
+        ("singd", 0.3, 0.1, {"conv.weight", "embedding.weight", "head.weight"}),
+        ("adamw", 0.3, 0.1, {"table.weight"}),
         ("singd", 0.2, 0.0, {"conv.bias", "head.bias"}),
         ("adamw", 0.2, 0.0, {"norm.weight", "norm.bias", "scale"}),
     ]
