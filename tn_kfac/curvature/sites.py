@@ -18,7 +18,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from torch.utils.hooks import RemovableHandle
 
 from tn_kfac.curvature.tap import AutocastInput, LayerTap
-from tn_kfac.layers import Layer, Refused, layer_of
+from tn_kfac.layers import Layer, Refused, layer_of, overrides
 
 
 @dataclass(frozen=True)
@@ -72,10 +72,12 @@ def find_sites(model: nn.Module, norms: bool = False) -> tuple[list[Site], list[
             users[parameter].append(name)
         _check_materialised(name, direct)
         layer = layer_of(module)
+        if isinstance(layer, Layer) and not norms and _is_norm(layer):
+            continue
         why = layer.why if isinstance(layer, Refused) else _why_not(module, layer, direct)
         if why:
             refused.append(f"{name!r} {why}")
-        elif isinstance(layer, Layer) and "weight" in direct and (norms or not _is_norm(layer)):
+        elif isinstance(layer, Layer) and "weight" in direct:
             grouped[direct["weight"], direct.get("bias"), layer].append((name, module))
     sites = []
     for (weight, bias, layer), named in grouped.items():
@@ -106,6 +108,8 @@ def _why_not(
     """Why a module of a known kind has no factors; None if it has."""
     if layer is None:
         return None
+    if overrides(module):
+        return f"has a forward pass of its own ({type(module).__name__}): register it"
     if is_parametrized(module) or not set(direct) <= {"weight", "bias"}:
         return "has a parametrised weight"
     if any(p.is_complex() for p in direct.values()):

@@ -16,6 +16,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import singledispatch
+from math import prod
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -45,6 +46,19 @@ class Ask:
     input_diagonal: bool = False
     output_diagonal: bool = False
     dtype: torch.dtype = torch.float32
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What the statistics of one call take.
+
+    Attributes:
+        flops: Multiplications and additions.
+        lowering: What computes the input's factor.
+    """
+
+    flops: int
+    lowering: str
 
 
 @dataclass(frozen=True)
@@ -99,6 +113,17 @@ class Layer(ABC):
         KFAC-reduce sums them over shared positions first.
         """
 
+    def cost(self, shape: torch.Size, gradient: torch.Size, ask: Ask) -> Cost:
+        """What statistics take, by shapes of input and output gradient; nothing is computed.
+
+        Here: a pass over the input, and products of the rows of the output gradient.
+        """
+        samples, positions = self.counts(gradient)
+        rows, summed = (samples * positions, 0) if ask.approx == "expand" else (samples, 1)
+        products = rows * self.groups * self.features_out
+        products *= 1 if ask.output_diagonal else self.features_out
+        return Cost(2 * (prod(shape) + products) + summed * prod(gradient), "direct")
+
     def dims(self, weight: bool, bias: bool) -> tuple[int, int]:
         """Columns and rows of the joint matrix of the trained ones of weight and bias."""
         if self.bias_is == "row":
@@ -143,6 +168,23 @@ class Refused:
     why: str
 
 
+def overrides(module: nn.Module) -> bool:
+    """Whether a module computes something else than the class that its geometry is of.
+
+    Then the geometry may be wrong: register a function for the subclass itself.
+    """
+    for kind in type(module).__mro__:
+        if kind in layer_of.registry or _name(kind) in _BY_NAME:
+            return False
+        if "forward" in vars(kind):
+            return True
+    return False
+
+
+def _name(kind: type) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
 Build = TypeVar("Build", bound=Callable[[Any], Layer | Refused | None])
 _BY_NAME: dict[str, Callable[[Any], Layer | Refused | None]] = {}
 
@@ -151,10 +193,11 @@ _BY_NAME: dict[str, Callable[[Any], Layer | Refused | None]] = {}
 def layer_of(module: nn.Module) -> Layer | Refused | None:
     """The geometry of a module, None if it has no factors.
 
-    Dispatches on the module's type; a subclass is treated like its base class.
+    Dispatches on the module's type; a subclass is treated like its base class (but one that
+    `overrides` the forward pass is refused where layers are looked for).
     """
     for kind in type(module).__mro__:
-        build = _BY_NAME.get(f"{kind.__module__}.{kind.__qualname__}")
+        build = _BY_NAME.get(_name(kind))
         if build is not None:
             return build(module)
     return None
