@@ -36,15 +36,14 @@ def test_micro_batches_of_any_size_equal_one_batch(case, approx, loss_average, n
     cut = min(cut, len(case.x) - 1)
     options = {"approx": approx, "loss_average": loss_average, "structures": (name, name)}
     tap = tapped(case.module, **options)
-    y = case.module(case.x)
-    shared = y[0].numel() // case.module.weight.shape[0]
-    terms = kfac.loss_terms(loss_average, len(y), shared)
+    y = case.outputs()
+    terms = kfac.loss_terms(loss_average, len(y), case.positions(y))
     batch_loss(y, terms).backward()
     expected = tap.factors()
 
     tap.clear()
-    first = batch_loss(case.module(case.x[:cut]), terms)
-    second = batch_loss(case.module(case.x[cut:]), terms, first=cut)
+    first = batch_loss(case.outputs(case.x[:cut]), terms)
+    second = batch_loss(case.outputs(case.x[cut:]), terms, first=cut)
     if together:
         (first + second).backward()
     else:

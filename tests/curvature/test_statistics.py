@@ -1,82 +1,17 @@
-"""Captured factors equal the definition, computed example by example in float64."""
+"""Statistics of calls that other tests do not make: of other dtypes, by keyword, exact ones."""
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from reference import kfac
-from reference.cases import (
-    APPROXIMATIONS,
-    LOSS_AVERAGES,
-    LayerCase,
-    batch_loss,
-    conv2d_cases,
-    example_loss,
-    linear_cases,
-)
+from reference.cases import batch_loss, example_loss
 from tapping import tapped
 
 from tn_kfac.structures import structure
 
-# torch's own advice on even kernels with padding="same".
-pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
-
 TIGHT = {"rtol": 1e-10, "atol": 1e-12}
 PROJECTIONS = {"dense": lambda A: A, "diagonal": lambda A: torch.diag_embed(A.diagonal(0, 1, 2))}
-
-
-def _check(case: LayerCase, approx: str, loss_average: str | None, names, frozen: str) -> None:
-    module = case.module
-    use_weight = frozen != "weight" or module.bias is None
-    use_bias = module.bias is not None and frozen != "bias"
-    module.weight.requires_grad_(use_weight)
-    if module.bias is not None:
-        module.bias.requires_grad_(use_bias)
-    a, h = kfac.rows_of_examples(module, case.examples, example_loss)
-    terms = kfac.loss_terms(loss_average, *a.shape[:2])
-    A, G = kfac.factors(a, h, approx, terms, use_weight, use_bias)
-
-    tap = tapped(module, approx=approx, loss_average=loss_average, structures=names)
-    y = module(case.x)
-    batch_loss(y if case.batched else y[None], terms).backward()
-    factors = tap.factors()
-
-    for actual, expected, name in zip(factors, (A, G), names, strict=True):
-        expected = PROJECTIONS[name](expected)
-        torch.testing.assert_close(structure(name).to_dense(actual), expected, **TIGHT)
-
-
-CHOICES = {
-    "approx": st.sampled_from(APPROXIMATIONS),
-    "loss_average": st.sampled_from(LOSS_AVERAGES),
-    "names": st.tuples(*[st.sampled_from(sorted(PROJECTIONS))] * 2),
-    "frozen": st.sampled_from(["nothing", "weight", "bias"]),
-}
-
-
-@settings(max_examples=150)
-@given(case=linear_cases(), **CHOICES)
-def test_linear_factors_equal_definition(case, approx, loss_average, names, frozen):
-    """Linear with any shared dimensions, with or without a batch dimension."""
-    _check(case, approx, loss_average, names, frozen)
-
-
-@settings(max_examples=150)
-@given(case=conv2d_cases(), **CHOICES)
-def test_conv2d_factors_equal_definition(case, approx, loss_average, names, frozen):
-    """Conv2d with every hyper-parameter, batched or not: one pair of factors per group."""
-    _check(case, approx, loss_average, names, frozen)
-
-
-@pytest.mark.parametrize("mode", ["zeros", "circular", "reflect", "replicate"])
-@pytest.mark.parametrize("padding", [0, 1, (2, 1), "same", "valid"])
-@pytest.mark.parametrize("kernel", [(2, 2), (3, 4)])
-@pytest.mark.parametrize("approx", APPROXIMATIONS)
-def test_every_padding_on_every_mode(mode, padding, kernel, approx):
-    """The table of paddings, even kernels included; nothing is left to chance."""
-    module = torch.nn.Conv2d(2, 2, kernel, padding=padding, padding_mode=mode, groups=2).double()
-    case = LayerCase(module, torch.randn(2, 2, 4, 5, dtype=torch.float64))
-    _check(case, approx, "batch", ("dense", "dense"), "nothing")
 
 
 @pytest.mark.parametrize("structures", [("dense", "dense"), ("diagonal", "diagonal")])

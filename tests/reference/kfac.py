@@ -13,16 +13,18 @@ layer's own output for the weight that is 1 at f and 0 elsewhere. No patch is ex
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 ExampleLoss = Callable[[Tensor, int], Tensor]  # (output of one example, its index) -> scalar
 
 
 def _as_rows(module: nn.Module, y: Tensor, groups: int) -> Tensor:
     """The output of one example (no batch dimension) as (shared, groups, out per group)."""
-    channels_last = y.reshape(y.shape[0], -1).T if isinstance(module, nn.Conv2d) else y
+    channels_last = y.reshape(y.shape[0], -1).T if isinstance(module, _ConvNd) else y
     return channels_last.reshape(-1, groups, channels_last.shape[-1] // groups)
 
 
@@ -38,35 +40,55 @@ def _plain(module: nn.Module) -> nn.Module:
     return copied
 
 
+def _by_column(module: nn.Module, weight: Tensor) -> list[Tensor]:
+    """For each column of the weight matrices, a view of the entries that stand in it.
+
+    The layouts are those that torch documents: (out, in / groups, *kernel), of transposed
+    convolutions (in, out / groups, *kernel), and of HuggingFace's Conv1D (in, out).
+    """
+    if type(module).__name__ == "Conv1D":
+        return list(weight)
+    if not getattr(module, "transposed", False):
+        return list(weight.view(len(weight), -1).T)
+    pixels = weight[0, 0].numel()
+    per_group = weight.view(module.groups, -1, weight.shape[1], pixels)
+    return [per_group[:, c, :, k] for c in range(per_group.shape[1]) for k in range(pixels)]
+
+
 @torch.no_grad()
-def input_rows(module: nn.Module, x: Tensor) -> Tensor:
+def input_rows(module: nn.Module, x: Tensor, **kwargs: Any) -> Tensor:
     """Rows of one example (no batch dimension), (shared, groups, in per group)."""
     probe = _plain(module)
-    probe.bias = None
+    if probe.bias is not None:
+        probe.bias.zero_()
     groups = _groups(module)
-    flat = probe.weight.data.flatten(1)
     columns = []
-    for feature in range(flat.shape[1]):
+    for column in _by_column(module, probe.weight.data):
         probe.weight.zero_()
-        probe.weight.view_as(flat)[:, feature] = 1.0
+        column.fill_(1.0)
         # Every output channel of a group sees the same row; the first one is as good as any.
-        columns.append(_as_rows(module, probe(x), groups)[..., 0])
+        columns.append(_as_rows(module, probe(x, **kwargs), groups)[..., 0])
     return torch.stack(columns, dim=-1)
 
 
-def output_gradient_rows(module: nn.Module, x: Tensor, loss: Callable[[Tensor], Tensor]) -> Tensor:
+def output_gradient_rows(
+    module: nn.Module, x: Tensor, loss: Callable[[Tensor], Tensor], **kwargs: Any
+) -> Tensor:
     """Gradients of one example's loss, (shared, groups, out per group)."""
-    y = _plain(module)(x).detach().requires_grad_()
+    y = _plain(module)(x, **kwargs).detach().requires_grad_()
     (gradient,) = torch.autograd.grad(loss(y), y)
     return _as_rows(module, gradient, _groups(module))
 
 
 def rows_of_examples(
-    module: nn.Module, examples: list[Tensor], loss: ExampleLoss
+    module: nn.Module, examples: list[Tensor], loss: ExampleLoss, **kwargs: Any
 ) -> tuple[Tensor, Tensor]:
     """(a, h) of all examples, (examples, shared, groups, features)."""
-    a = [input_rows(module, x) for x in examples]
-    h = [output_gradient_rows(module, x, lambda y, n=n: loss(y, n)) for n, x in enumerate(examples)]
+    a = [input_rows(module, x, **kwargs) for x in examples]
+    h = [
+        output_gradient_rows(module, x, lambda y, n=n: loss(y, n), **kwargs)
+        for n, x in enumerate(examples)
+    ]
     return torch.stack(a), torch.stack(h)
 
 

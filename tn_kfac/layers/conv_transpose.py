@@ -34,14 +34,13 @@ class ConvTransposeLayer(RowLayer):
 
     def input_rows(self, shape: torch.Size, output: torch.Size) -> Rows:
         """The output's size says how much output padding there was, in this very call."""
-        geometry = (self.kernel_size, self.stride, self.padding)
-        least = transposed_convolution(
-            tuple(shape), *geometry, dilation=self.dilation, groups=self.groups
-        )
-        extra = tuple(n - m for n, m in zip(output[2:], least.output_size, strict=True))
-        return transposed_convolution(
-            tuple(shape), *geometry, extra, self.dilation, self.groups
-        ).rows()
+        sizes = zip(
+            shape[2:], output[2:], self.kernel_size, self.stride, self.padding, self.dilation,
+            strict=True,
+        )  # fmt: skip
+        extra = [n - (m - 1) * s + 2 * p - d * (k - 1) - 1 for m, n, k, s, p, d in sizes]
+        geometry = (self.kernel_size, self.stride, self.padding, extra, self.dilation)
+        return transposed_convolution(tuple(shape), *geometry, self.groups).rows()
 
     def gradient_rows(self, shape: torch.Size) -> Rows:
         batch, _, *spatial = shape
