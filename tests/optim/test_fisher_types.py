@@ -132,3 +132,15 @@ def test_autocast_in_bfloat16(build, digits):
         loss.backward()
         optimizer.step()
     assert LOSS(model(x), y).item() < before
+
+
+@each_optimizer
+@pytest.mark.parametrize("norm", [nn.LayerNorm(8), nn.BatchNorm1d(8), nn.GroupNorm(2, 8)], ids=str)
+def test_autocast_keeps_norm_layers_as_they_were(build, norm):
+    """It runs them in float32, with or without factors."""
+    model, x = nn.Sequential(norm).eval(), torch.randn(4, 8)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        before = model(x)
+        optimizer = build(model, norms=True)
+        assert torch.equal(model(x), before)
+    optimizer.close()

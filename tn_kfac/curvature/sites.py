@@ -33,14 +33,10 @@ class Site:
 
     def attach(self, tap: LayerTap) -> list[RemovableHandle]:
         """Hook the modules."""
-        return [
-            handle
-            for m in self.modules
-            for handle in (
-                m.register_forward_pre_hook(AutocastInput()),
-                m.register_forward_hook(tap, with_kwargs=True),
-            )
-        ]
+        handles = [m.register_forward_hook(tap, with_kwargs=True) for m in self.modules]
+        if self.layer.autocast:
+            handles += [m.register_forward_pre_hook(AutocastInput()) for m in self.modules]
+        return handles
 
     @property
     def parameters(self) -> tuple[Parameter, ...]:
