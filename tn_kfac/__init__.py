@@ -2,5 +2,6 @@
 
 from tn_kfac.curvature import kronecker_factors, to_curvlinops
 from tn_kfac.optim import SINGD
+from tn_kfac.summary import Summary, summary
 
-__all__ = ["SINGD", "kronecker_factors", "to_curvlinops"]
+__all__ = ["SINGD", "Summary", "kronecker_factors", "summary", "to_curvlinops"]

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from tn_kfac.layers.base import Ask, Layer, Saved, layer_of
+from tn_kfac.layers.base import Ask, Cost, Layer, Saved, layer_of
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,13 @@ class NormLayer(Layer):
         if ask.output_diagonal:
             return rows.square().sum(0)
         return torch.einsum("ngi,ngj->gij", rows, rows)
+
+    def cost(self, shape: torch.Size, gradient: torch.Size, ask: Ask) -> Cost:
+        """Normalised input (5 an element), product and sum (2), sum for the bias (1)."""
+        parameters = ask.weight + ask.bias
+        products = parameters if ask.output_diagonal else parameters**2
+        passes = prod(gradient) * (7 * ask.weight + ask.bias)
+        return Cost(passes + 2 * self.counts(gradient)[0] * self.groups * products, "direct")
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from tn_kfac.layers.base import Ask, Layer, Saved
+from tn_kfac.layers.base import Ask, Cost, Layer, Saved
 from tn_kfac.tensor_network.execute import execute
 from tn_kfac.tensor_network.rows import Approx, Rows
 from tn_kfac.tensor_network.slicing import AnyPlan, plan
@@ -34,6 +34,26 @@ class RowLayer(Layer):
     @abstractmethod
     def gradient_rows(self, shape: torch.Size) -> Rows:
         """Rows of a prepared output gradient of the given shape."""
+
+    def plans(self, shape: torch.Size, gradient: torch.Size, ask: Ask) -> tuple[AnyPlan, ...]:
+        """The plans of a call's statistics, by shapes of input and output gradient.
+
+        First of the input's factor (if the weight is trained), last of the gradient's.
+        """
+        inputs = self.prepare_input(torch.empty(shape, device="meta")).shape
+        made = []
+        if ask.weight:
+            made.append(_input_plan(self, inputs, gradient, ask.approx, ask.input_diagonal, False))
+        if ask.weight and ask.bias and not ask.input_diagonal:
+            made.append(_input_plan(self, inputs, gradient, ask.approx, False, True))
+        outputs = _prepared(self, gradient)
+        return (*made, _gradient_plan(self, outputs, ask.approx, ask.output_diagonal))
+
+    def cost(self, shape: torch.Size, gradient: torch.Size, ask: Ask) -> Cost:
+        plans = self.plans(shape, gradient, ask)
+        names = plans[0].lowerings if ask.weight else ("identity",)
+        lowering = ", ".join(dict.fromkeys(names)) or "einsum"
+        return Cost(sum(plan.flops for plan in plans), lowering)
 
     def counts(self, gradient: torch.Size) -> tuple[int, int]:
         rows = _gradient_rows(self, gradient)

@@ -47,7 +47,7 @@ class Plan:
 
     `flops` counts multiplications and additions, `traffic` the elements that steps and
     kernels read and write, `peak` the elements of the largest value between operands and
-    result.
+    result. `lowerings` names what kernels compute; nothing: all is einsum.
     """
 
     leaves: tuple[Leaf, ...]
@@ -57,6 +57,7 @@ class Plan:
     flops: int
     traffic: int
     peak: int
+    lowerings: tuple[str, ...] = ()
 
     @property
     def copies_windows(self) -> bool:
@@ -154,8 +155,12 @@ def _anonymous(node: Node, shape: tuple[int, ...]) -> object:
 @lru_cache(maxsize=4096)
 def plan_whole(network: Network, simplified: bool = True, lowered: bool = True) -> Plan:
     """The plan of a network, simplified and lowered first unless told not to."""
-    if simplified:
-        network = lower(network).network if lowered else simplify(network)
+    used: tuple[str, ...] = ()
+    if simplified and lowered:
+        made = lower(network)
+        network, used = made.network, made.lowerings
+    elif simplified:
+        network = simplify(network)
     network = network.closed()
     values = _Numbering(network)
     numbers = [values.leaf(node) for node in network.nodes]
@@ -179,6 +184,7 @@ def plan_whole(network: Network, simplified: bool = True, lowered: bool = True) 
         flops=values.flops,
         traffic=values.traffic,
         peak=max(values.created[:-1], default=0),
+        lowerings=used,
     )
 
 

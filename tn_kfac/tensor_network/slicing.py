@@ -48,6 +48,11 @@ class Sliced:
         return self.part.owns_result
 
     @property
+    def lowerings(self) -> tuple[str, ...]:
+        """Names of what kernels compute."""
+        return self.part.lowerings
+
+    @property
     def peak(self) -> int:
         """Elements of the largest intermediate."""
         return self.part.peak
