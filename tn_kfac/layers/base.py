@@ -71,12 +71,14 @@ class Layer(ABC):
         features_out: Rows of each group's weight matrix.
         bias_is: Where the bias is appended to the weight matrix: a column or a row.
         diagonal_input: Whether the input's factor is diagonal, whatever a user asks for.
+        autocast: Whether autocast runs such a layer in its lower precision.
         curvature: "kronecker", or "diagonal" where the factors are the Fisher's own blocks
             of the few parameters of a channel.
     """
 
     bias_is: ClassVar[str] = "column"
     diagonal_input: ClassVar[bool] = False
+    autocast: ClassVar[bool] = False
     curvature: ClassVar[str] = "kronecker"
 
     groups: int

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -18,6 +19,8 @@ from tn_kfac.tensor_network.slicing import AnyPlan, plan
 @dataclass(frozen=True)
 class RowLayer(Layer):
     """A layer with networks of rows, of operands `x` (input) and `v` (output gradient)."""
+
+    autocast: ClassVar[bool] = True
 
     @abstractmethod
     def prepare_input(self, x: Tensor) -> Tensor:
