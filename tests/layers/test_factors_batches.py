@@ -11,7 +11,7 @@ from curvature.tapping import tapped
 from hypothesis import strategies as st
 from reference import definition, kfac
 from reference.cases import LayerCase, batch_loss, layer_cases
-from reference.other_cases import look_up_cases, norm_cases
+from reference.other_cases import bag_batches, look_up_cases, norm_cases
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -74,15 +74,14 @@ def _batches(draw) -> list[LayerCase]:
     """Batches of any shapes for one layer: the layer of the first one."""
     first = draw(ANY_CASE)
     module, dim = first.module, _shared_dim(first)
+    if isinstance(module, nn.EmbeddingBag):
+        return [first, *draw(st.lists(bag_batches(module), min_size=1, max_size=2))]
     cases = [first]
     for times in range(draw(st.integers(1, 2))):
-        other = replace(_changed(first, times + 1), kwargs={})
-        if first.kwargs.keys() & {"offsets", "per_sample_weights"}:
-            other.kwargs = first.kwargs
-        elif dim is not None:
-            size = draw(st.integers(1, 2))
-            other.x = torch.cat([other.x] * size, dim=dim)
-        if first.batched and not first.kwargs and draw(st.booleans()):
+        other = _changed(first, times + 1)
+        if dim is not None:
+            other.x = torch.cat([other.x] * draw(st.integers(1, 2)), dim=dim)
+        if first.batched and draw(st.booleans()):
             other.x = torch.cat([other.x, other.x[:1]])
         cases.append(other)
     if isinstance(module, nn.modules.conv._ConvNd):
@@ -95,12 +94,12 @@ def _shared_dim(case: LayerCase) -> int | None:
     """A dimension that may have any size in each batch, if the layer has one."""
     x, module = case.x, case.module
     if isinstance(module, (nn.modules.conv._ConvNd, nn.Embedding)):
-        return -1 if x.dim() else None
+        return -1 if x.dim() and not case.kwargs else None  # the output's size fits one shape
     if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
         return 0 if case.batched else None
     if isinstance(module, (nn.Linear, Conv1D)):
         return 1 if x.dim() > 2 else None
-    return -1 if x.dim() > 2 or isinstance(module, nn.EmbeddingBag) else None
+    return -1 if x.dim() > 2 else None
 
 
 def _check_accumulation(cases, approx, loss_average, names, frozen) -> None:

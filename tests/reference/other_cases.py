@@ -36,10 +36,15 @@ def embedding_cases(draw: DrawFn) -> LayerCase:
 
 @st.composite
 def bag_cases(draw: DrawFn) -> LayerCase:
-    """An EmbeddingBag of bags of one size, or of any sizes, given by offsets."""
+    """An EmbeddingBag of sums or means."""
     options = {"mode": draw(st.sampled_from(["sum", "mean"]))}
     options["include_last_offset"] = draw(st.booleans())
-    module = _embeddings(draw, nn.EmbeddingBag, **options)
+    return draw(bag_batches(_embeddings(draw, nn.EmbeddingBag, **options)))
+
+
+@st.composite
+def bag_batches(draw: DrawFn, module: Any) -> LayerCase:
+    """Bags of one size, or of any sizes, given by offsets; weighted or not."""
     if draw(st.booleans()):
         x, kwargs = _indices(draw, module, *draw(st.tuples(*[st.integers(1, 4)] * 2))), {}
     else:
