@@ -89,8 +89,8 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 WARNINGS = {
     "transformer layer": r"'1\.self_attn' computes its projections without calling a layer$",
     "attention": r"'1\.attention' computes its projections without calling a layer$",
-    "weight norm": "'1' has a parametrised weight$",
-    "spectral norm": "'1' has a parametrised weight$",
+    "weight norm": "'1' has parametrised weights$",
+    "spectral norm": "'1' has parametrised weights$",
 }
 
 SAME_BATCH = [0] * 30  # so that the loss must fall
@@ -221,3 +221,17 @@ def test_memory_format_does_not_matter(digits, build):
     assert twin.conv.weight.is_contiguous(memory_format=torch.channels_last)
     for p, q in zip(model.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-12)
+
+
+@each_optimizer
+def test_what_is_not_trained_is_not_warned_of(build):
+    """A frozen attention, or one that is in no group, is nobody's concern; a tie is told once."""
+    model = nn.ModuleDict({"a": nn.MultiheadAttention(4, 2), "h": nn.Linear(4, 2)})
+    build(model, model.h.parameters()).close()
+    model.a.requires_grad_(False)
+    build(model).close()
+    tied = nn.ModuleDict({"e": nn.Embedding(4, 3), "h": nn.Linear(3, 4, bias=False)})
+    tied.h.weight = tied.e.weight
+    with pytest.warns(UserWarning, match="shares parameters") as caught:
+        build(tied).close()
+    assert len(caught) == 1 and str(caught[0].message).count("shares") == 1

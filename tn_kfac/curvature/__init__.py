@@ -2,7 +2,7 @@
 
 from tn_kfac.curvature.estimate import kronecker_factors
 from tn_kfac.curvature.operators import to_curvlinops
-from tn_kfac.curvature.sites import Site, find_sites
+from tn_kfac.curvature.sites import Refusal, Site, find_sites, untold
 from tn_kfac.curvature.statistics import Factors, Recipe, statistics
 from tn_kfac.curvature.tap import ForwardScope, LayerTap
 
@@ -11,9 +11,11 @@ __all__ = [
     "ForwardScope",
     "LayerTap",
     "Recipe",
+    "Refusal",
     "Site",
     "find_sites",
     "kronecker_factors",
     "statistics",
     "to_curvlinops",
+    "untold",
 ]

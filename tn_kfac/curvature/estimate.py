@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tn_kfac.curvature.fisher import loss_module, measure_fisher
-from tn_kfac.curvature.sites import Site, find_sites
+from tn_kfac.curvature.sites import Site, find_sites, untold
 from tn_kfac.curvature.statistics import Factors, Fisher, LossAverage, Recipe
 from tn_kfac.curvature.tap import OF_THE_LOSS, ForwardScope, LayerTap
 from tn_kfac.structures import Structure, structure
@@ -85,8 +85,10 @@ def kronecker_factors(
     structures = _pair(structure)
     require_int("samples", samples, 1)
     sites, refused = find_sites(model, norms)
+    refused = untold(refused, set(model.parameters()))
     if refused:
-        warnings.warn(f"without Kronecker factors: {'; '.join(refused)}", stacklevel=2)
+        said = "; ".join(map(str, refused))
+        warnings.warn(f"without Kronecker factors: {said}", stacklevel=2)
     options = (approx, loss_average, structures, fisher)
     taps = {site.name: _tap(site, options, dtype) for site in sites if _trained(site)}
     handles = [h for site in sites if site.name in taps for h in site.attach(taps[site.name])]

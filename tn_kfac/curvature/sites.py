@@ -8,7 +8,7 @@ dtype afterwards.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 from torch import nn
@@ -44,7 +44,19 @@ class Site:
         return (self.weight,) if self.bias is None else (self.weight, self.bias)
 
 
-def find_sites(model: nn.Module, norms: bool = False) -> tuple[list[Site], list[str]]:
+@dataclass(frozen=True)
+class Refusal:
+    """A module without factors, though one could think so, and its parameters."""
+
+    name: str
+    why: str
+    parameters: tuple[Parameter, ...]
+
+    def __str__(self) -> str:
+        return f"{self.name!r} {self.why}" if self.name else f"the model itself {self.why}"
+
+
+def find_sites(model: nn.Module, norms: bool = False) -> tuple[list[Site], list[Refusal]]:
     """All layers of a model with factors, and why some have none.
 
     Modules that share weight and bias form one site if they have the same geometry. A
@@ -72,7 +84,7 @@ def find_sites(model: nn.Module, norms: bool = False) -> tuple[list[Site], list[
             continue
         why = layer.why if isinstance(layer, Refused) else _why_not(module, layer, direct)
         if why:
-            refused.append(f"{name!r} {why}")
+            refused.append(Refusal(name, why, tuple(module.parameters())))
         elif isinstance(layer, Layer) and "weight" in direct:
             grouped[direct["weight"], direct.get("bias"), layer].append((name, module))
     sites = []
@@ -82,7 +94,8 @@ def find_sites(model: nn.Module, norms: bool = False) -> tuple[list[Site], list[
         if all(len(users[p]) == len(names) for p in site.parameters):
             sites.append(site)
         else:
-            refused.append(f"{names[0]!r} shares parameters with {_others(users, site)}")
+            why = f"shares parameters with {_others(users, site)}"
+            refused.append(Refusal(site.name, why, site.parameters))
     return sites, refused
 
 
@@ -106,11 +119,25 @@ def _why_not(
         return None
     if overrides(module):
         return f"has a forward pass of its own ({type(module).__name__}): register it"
-    if is_parametrized(module) or not set(direct) <= {"weight", "bias"}:
-        return "has a parametrised weight"
+    if is_parametrized(module) or (direct and "weight" not in direct):
+        return "has parametrised weights"
+    if not set(direct) <= {"weight", "bias"}:
+        return f"has other parameters than weight and bias: {sorted(direct)}"
     if any(p.is_complex() for p in direct.values()):
         return "has complex parameters"
     return None
+
+
+def untold(refused: Iterable[Refusal], trained: Collection[Parameter]) -> list[Refusal]:
+    """Those that concern trained parameters which no other one before is about."""
+    told: set[Parameter] = set()
+    concerned = []
+    for refusal in refused:
+        mine = {p for p in refusal.parameters if p.requires_grad and p in trained}
+        if mine - told:
+            concerned.append(refusal)
+        told |= mine
+    return concerned
 
 
 def _others(users: dict[Parameter, list[str]], site: Site) -> list[str]:

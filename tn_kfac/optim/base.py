@@ -17,7 +17,15 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from tn_kfac.curvature import Factors, ForwardScope, LayerTap, Recipe, find_sites
+from tn_kfac.curvature import (
+    Factors,
+    ForwardScope,
+    LayerTap,
+    Recipe,
+    Refusal,
+    find_sites,
+    untold,
+)
 from tn_kfac.curvature.fisher import measure_fisher
 from tn_kfac.curvature.tap import OF_THE_LOSS
 from tn_kfac.optim import checkpoint, checks
@@ -105,9 +113,11 @@ class KroneckerOptimizer(Optimizer, ABC):
             "preconditioner_dtype": checks.dtype_pair(options["preconditioner_dtype"]),
         }
 
-    def _warn(self, refused: list[str], all_parameters: bool) -> None:
+    def _warn(self, refused: list[Refusal], all_parameters: bool) -> None:
+        refused = untold(refused, {p for group in self.param_groups for p in group["params"]})
         if refused:
-            warnings.warn(f"trained without Kronecker factors: {'; '.join(refused)}", stacklevel=4)
+            said = "; ".join(map(str, refused))
+            warnings.warn(f"trained without Kronecker factors: {said}", stacklevel=4)
         wanted = [
             (name, p)
             for name, p in self._model.named_parameters()

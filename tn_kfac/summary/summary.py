@@ -12,14 +12,14 @@ import torch
 from torch import nn
 from torch.nn import Parameter
 
-from tn_kfac.curvature import Recipe, Site, find_sites
-from tn_kfac.example import Calls, Example, Trace, trace
+from tn_kfac.curvature import Recipe, Refusal, Site, find_sites
 from tn_kfac.layers import Layer, layer_of
 from tn_kfac.layers.describe import describe
 from tn_kfac.optim import checks
 from tn_kfac.structures import Structure
 from tn_kfac.structures import structure as structure_of
-from tn_kfac.table import Table, amount, merged, percent, skeleton
+from tn_kfac.summary.example import Calls, Example, Trace, trace
+from tn_kfac.summary.table import Table, amount, merged, percent, skeleton
 from tn_kfac.tensor_network.rows import Approx
 
 KINDS = {"kronecker": "Kronecker", "diagonal": "diagonal", "fallback": "fallback",
@@ -194,16 +194,13 @@ def summary(
     return Summary(tuple(rows), seen.flops)
 
 
-def _reasons(model: nn.Module, refused: Iterable[str], norms: bool) -> dict[str, str]:
+def _reasons(model: nn.Module, refused: Iterable[Refusal], norms: bool) -> dict[str, str]:
     """Why modules have no factors, by their names."""
-    reasons = {}
+    reasons = {refusal.name: refusal.why for refusal in refused}
     for name, module in model.named_modules():
-        layer, start = layer_of(module), f"{name!r} "
+        layer = layer_of(module)
         if isinstance(layer, Layer) and layer.curvature == "diagonal" and not norms:
-            reasons[name] = "is a normalisation layer, and norms=False"
-        for text in refused:
-            if text.startswith(start):
-                reasons[name] = text.removeprefix(start)
+            reasons[name] = "norms=False"
     return reasons
 
 
