@@ -6,11 +6,11 @@ import time
 
 import pytest
 import torch
-from tn_kfac.summary.table import merged
 from torch import nn
 from torch.nn.modules import module as global_hooks
 
 from tn_kfac import SINGD, Summary, summary
+from tn_kfac.summary.table import merged
 
 
 class Mixed(nn.Module):

@@ -40,8 +40,7 @@ class LookUpLayer(Layer):
 
     def input_factor(self, saved: Saved, gradient: torch.Size, ask: Ask) -> Tensor:
         indices, rows, weights = self.look_ups(saved, ask)
-        trained = (indices != self.padding_index).to(ask.dtype)
-        each = trained * weights
+        each = (indices != self.padding_index).to(ask.dtype) * weights
         squares = each * (each if rows is None else _sums(rows * self.features_in + indices, each))
         total = squares.new_zeros(self.features_in).index_add_(0, indices, squares)
         return total[None]
@@ -116,16 +115,18 @@ class EmbeddingBagLayer(LookUpLayer):
     def look_ups(self, saved: Saved, ask: Ask) -> tuple[Tensor, Tensor | None, Tensor | float]:
         indices, offsets, weights = saved
         place = torch.arange(indices.numel(), device=indices.device)
+        counted = (indices.flatten() != self.padding_index).to(ask.dtype)
         if indices.dim() == 2:
             rows = place // max(1, indices.shape[1])
         else:
             starts = offsets[:-1] if self.last_offset else offsets
             rows = torch.searchsorted(starts.contiguous(), place, right=True) - 1
+            if self.last_offset:  # what comes after it is in no bag
+                counted = counted * (place < offsets[-1])
         indices = indices.flatten().long()
         if not self.mean:
-            return indices, rows, weights.flatten() if weights.numel() else 1.0
-        counted = (indices != self.padding_index).to(ask.dtype)
-        return indices, rows, 1.0 / _sums(rows, counted).clamp(min=1.0)
+            return indices, rows, counted * weights.flatten() if weights.numel() else counted
+        return indices, rows, counted / _sums(rows, counted).clamp(min=1.0)
 
 
 @layer_of.register

@@ -30,7 +30,7 @@ class NormLayer(Layer):
     curvature: ClassVar[str] = "diagonal"
 
     channels: tuple[int, ...]
-    eps: float | None
+    eps: float
 
     @abstractmethod
     def normalised(self, saved: Saved) -> Tensor:
@@ -77,7 +77,7 @@ class LayerNormLayer(NormLayer):
 
     def normalised(self, saved: Saved) -> Tensor:
         if self.centred:
-            return F.layer_norm(saved[0], self.channels, eps=self.eps or 0.0)
+            return F.layer_norm(saved[0], self.channels, eps=self.eps)
         return F.rms_norm(saved[0], self.channels, eps=self.eps)
 
     def per_example(self, values: Tensor) -> Tensor:
@@ -94,7 +94,7 @@ class GroupNormLayer(NormLayer):
         return gradient[0], prod(gradient[2:])
 
     def normalised(self, saved: Saved) -> Tensor:
-        return F.group_norm(saved[0], self.normalised_groups, eps=self.eps or 0.0)
+        return F.group_norm(saved[0], self.normalised_groups, eps=self.eps)
 
     def per_example(self, values: Tensor) -> Tensor:
         return values.flatten(2).sum(2) if values.dim() > 2 else values
@@ -117,7 +117,7 @@ class BatchNormLayer(NormLayer):
     def normalised(self, saved: Saved) -> Tensor:
         x, *statistics = saved
         mean, variance = statistics or (None, None)
-        return F.batch_norm(x, mean, variance, training=not statistics, eps=self.eps or 0.0)
+        return F.batch_norm(x, mean, variance, training=not statistics, eps=self.eps)
 
     def per_example(self, values: Tensor) -> Tensor:
         return values.flatten(2).sum(2) if values.dim() > 2 else values
@@ -134,8 +134,10 @@ def _(module: nn.LayerNorm | nn.RMSNorm) -> Layer | None:
     channels = _affine(module)
     if channels is None:
         return None
-    centred = isinstance(module, nn.LayerNorm)
-    return LayerNormLayer(prod(channels), 1, 1, channels, module.eps, centred)
+    centred, eps = isinstance(module, nn.LayerNorm), module.eps
+    if eps is None:  # that of the module's dtype, not of the statistics'
+        eps = torch.finfo(module.weight.dtype).eps
+    return LayerNormLayer(prod(channels), 1, 1, channels, eps, centred)
 
 
 @layer_of.register

@@ -20,14 +20,12 @@ from torch.utils.hooks import RemovableHandle
 from tn_kfac.curvature import (
     Factors,
     ForwardScope,
-    LayerTap,
     Recipe,
     Refusal,
     find_sites,
     untold,
 )
 from tn_kfac.curvature.fisher import measure_fisher
-from tn_kfac.curvature.tap import OF_THE_LOSS
 from tn_kfac.optim import checkpoint, checks
 from tn_kfac.optim.binding import Binding, bind
 from tn_kfac.optim.groups import (
@@ -41,7 +39,9 @@ from tn_kfac.optim.groups import (
     untrained,
     warn_untrained,
 )
+from tn_kfac.optim.measured import check_measured, measured_apart
 from tn_kfac.optim.rules import FALLBACKS, sgd
+from tn_kfac.optim.scaling import found_inf, unscale
 
 
 class KroneckerOptimizer(Optimizer, ABC):
@@ -55,8 +55,6 @@ class KroneckerOptimizer(Optimizer, ABC):
     rule: ClassVar[str]
     option_checks: ClassVar[dict[str, checks.Check]]
     built_in: ClassVar[tuple[str, ...]] = ("structure", "kfac_approx", "loss_average", "fisher")
-    found_inf: Tensor  # set by a GradScaler while it calls `step`
-    grad_scale: Tensor | None  # likewise
     _step_supports_amp_scaling = True  # torch's name: GradScaler hands over its scale
 
     def __init__(
@@ -200,12 +198,7 @@ class KroneckerOptimizer(Optimizer, ABC):
             TypeError: If the loss is of an unknown kind.
         """
         checks.interval("samples", samples)
-        kinds: dict[str, list[LayerTap]] = {}
-        for binding in self._bindings:
-            tap = binding.tap
-            if tap.recipe.fisher not in OF_THE_LOSS and tap.enabled and tap.probes:
-                kinds.setdefault(tap.recipe.fisher, []).append(tap)
-        for taps in kinds.values():
+        for taps in measured_apart(self._bindings):
             measure_fisher(taps, outputs, loss, targets, samples, generator)
 
     @torch.no_grad()
@@ -220,11 +213,12 @@ class KroneckerOptimizer(Optimizer, ABC):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        scale = self._loss_scale()
-        if not self._found_inf():
+        empirical = any(b.tap.recipe.fisher == "empirical" for b in self._bindings)
+        scale = unscale(self, empirical)
+        if not found_inf(self):
             groups = {p: group for group in self.param_groups for p in group["params"]}
             directions: dict[Tensor, Tensor] = {}
-            self._check_measured(groups)
+            check_measured(self._bindings, lambda b: self._is_due(b, groups[b.parameters[0]]))
             for binding in self._bindings:
                 group = groups[binding.parameters[0]]
                 directions |= self._layer_directions(binding, group, scale)
@@ -234,43 +228,10 @@ class KroneckerOptimizer(Optimizer, ABC):
             binding.tap.clear()
         return loss
 
-    def _check_measured(self, groups: dict[Tensor, Group]) -> None:
-        """Raise if a Fisher that is measured apart was not, in a step that needs it."""
-        due = [
-            b.tap
-            for b in self._bindings
-            if b.tap.recipe.fisher not in OF_THE_LOSS
-            and any(p.grad is not None for p in b.parameters)
-            and self.state[b.parameters[0]].get("step", 0) % groups[b.parameters[0]]["T"] == 0
-        ]
-        if due and all(tap.factors() is None for tap in due):
-            raise RuntimeError(
-                f"fisher={due[0].recipe.fisher!r} has no curvature for this step: call "
-                "optimizer.curvature(outputs, loss, targets) between forward and backward"
-            )
-
-    def _loss_scale(self) -> Tensor | None:
-        """The scale of a GradScaler that calls this step, after unscaling the gradients."""
-        if getattr(self, "found_inf", None) is None:
-            return None
-        scale: Tensor | None = getattr(self, "grad_scale", None)
-        if scale is None:
-            del self.found_inf, self.grad_scale  # the scaler would, had we returned
-            raise RuntimeError(
-                "scaler.unscale_(optimizer) hides the loss scale, which the curvature needs too: "
-                "drop that call (and clip with a scaled threshold), or use bfloat16 autocast, "
-                "which needs no GradScaler"
-            )
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is not None:
-                    p.grad.div_(scale)
-        return scale
-
-    def _found_inf(self) -> bool:
-        """Whether a GradScaler that calls this step met a non-finite gradient."""
-        found = getattr(self, "found_inf", None)
-        return found is not None and bool(found)
+    def _is_due(self, binding: Binding, group: Group) -> bool:
+        """Whether the next step updates the factors of a layer."""
+        step: int = self.state[binding.parameters[0]].get("step", 0)
+        return step % group["T"] == 0
 
     def _layer_directions(
         self, binding: Binding, group: Group, scale: Tensor | None
@@ -282,13 +243,13 @@ class KroneckerOptimizer(Optimizer, ABC):
         state, recipe = self.state[binding.parameters[0]], binding.tap.recipe
         if "step" not in state:
             state |= {"step": 0} | self._new_state(recipe, binding.dtypes, matrix.device)
-        factors = binding.tap.factors() if state["step"] % group["T"] == 0 else None
+        factors = binding.tap.factors() if self._is_due(binding, group) else None
         if factors is not None:
             if scale is not None and recipe.fisher == "empirical":
                 factors = Factors(factors.A, factors.G / scale**2)
             self._update_factors(state, factors, recipe, group)
         state["step"] += 1
-        binding.tap.enabled = state["step"] % group["T"] == 0
+        binding.tap.enabled = self._is_due(binding, group)
         return binding.directions(self._precondition(state, matrix, recipe))
 
     def _write(self, group: Group, directions: dict[Tensor, Tensor]) -> None:
@@ -328,7 +289,7 @@ class KroneckerOptimizer(Optimizer, ABC):
         groups = {p: group for group in self.param_groups for p in group["params"]}
         for binding in self._bindings:
             owner = binding.parameters[0]
-            binding.tap.enabled = self.state[owner].get("step", 0) % groups[owner]["T"] == 0
+            binding.tap.enabled = self._is_due(binding, groups[owner])
 
     def _expected_shapes(self) -> dict[Tensor, dict[str, torch.Size]]:
         """Shapes of the factors of each layer, by the parameter that owns them."""
