@@ -195,3 +195,54 @@ def test_named_losses_and_what_is_refused():
     tap = tapped(nn.Linear(2, 2).double(), fisher="mc")
     with pytest.raises(ValueError, match="gradients enabled"):
         measure_fisher([tap], torch.ones(2, 2), "mse")
+
+
+def test_two_losses_on_one_forward_pass_add_up():
+    """As the GGN of their sum does, each with its own mean."""
+
+    class Heads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = nn.Linear(4, 5, bias=False)
+            self.first, self.second = nn.Linear(5, 3, bias=False), nn.Linear(5, 2, bias=False)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            z = self.body(x)
+            return self.first(z), self.second(z)
+
+    net, x = Heads().double(), torch.randn(7, 4, dtype=torch.float64)
+    losses = nn.CrossEntropyLoss(), nn.MSELoss()
+    targets = torch.arange(7) % 3, torch.randn(7, 2, dtype=torch.float64)
+    tap = tapped(net.body, fisher="type-2")
+    for part in (slice(0, 5), slice(5, 7)):
+        for output, loss, target in zip(net(x[part]), losses, targets, strict=True):
+            measure_fisher([tap], output, loss, target[part])
+    expected = torch.zeros(5, 5, dtype=torch.float64)
+    for head, output, loss, target in zip(
+        (net.first, net.second), net(x), losses, targets, strict=True
+    ):
+        hessian = hessian_of(loss, output.detach(), target)
+        blocks = hessian.reshape(7, output.shape[1], 7, output.shape[1])
+        for n in range(7):
+            expected += head.weight.T @ blocks[n, :, n] @ head.weight
+    factors = tap.factors()
+    assert factors is not None
+    torch.testing.assert_close(factors.G[0], expected, **TIGHT)
+    torch.testing.assert_close(factors.A[0], (x.T @ x) / 7, **TIGHT)
+
+
+@pytest.mark.parametrize(
+    ("loss", "shape"),
+    [
+        (nn.MSELoss(), (3, 7)),
+        (nn.BCEWithLogitsLoss(), (3, 7)),
+        (nn.CrossEntropyLoss(), (1, 3)),
+        (nn.CrossEntropyLoss(), (9,)),
+        (nn.CrossEntropyLoss(torch.ones(5)), (10,)),
+    ],
+    ids=str,
+)
+def test_targets_that_do_not_fit_are_refused(loss, shape):
+    targets = torch.rand(shape) if len(shape) > 1 else torch.zeros(shape, dtype=torch.long)
+    with pytest.raises(ValueError, match=r"targets has shape|the loss weights 5 classes"):
+        likelihood(loss, torch.randn(10, 3), targets)

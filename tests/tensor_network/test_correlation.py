@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
+from tn_kfac.expressions import kfac_expand
 from tn_kfac.tensor_network.pattern import SpatialAxis
 from tn_kfac.tensor_network.primitives import correlation
 
@@ -78,3 +79,13 @@ def test_all_windows_chooses_among_them(channels, groups):
     expected = by_definition(x, spatial, groups)
     actual = correlation.all_windows(x, spatial, groups)
     torch.testing.assert_close(actual, expected, rtol=1e-11, atol=1e-11)
+
+
+def test_correlations_are_differentiable():
+    """Also where products of shifted rows form them."""
+    x = torch.randn(2, 8, 40, 40, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(72, 72, dtype=torch.float64)
+    (ours,) = torch.autograd.grad((kfac_expand(x, 3)[0] * weight).sum(), x)
+    rows = F.unfold(x, 3).permute(0, 2, 1).flatten(0, 1)
+    (expected,) = torch.autograd.grad((rows.T @ rows / 2 * weight).sum(), x)
+    torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-9)

@@ -63,7 +63,8 @@ def kronecker_factors(
         fisher: "mc", "type-2" (the GGN exactly, one backward pass for each output), "empirical"
             or "forward-only" (G = I).
         structure: Of A and G, or a pair; "dense" means the matrices themselves.
-        loss_average: What the loss averages over; for the empirical Fisher.
+        loss_average: What the loss averages over; for the empirical Fisher, which cannot know of
+            ignored targets or class weights (the others do).
         norms: Whether to include the affine parameters of normalisation layers.
         samples: Labels that are drawn for each example ("mc").
         generator: Of these labels.
@@ -80,8 +81,14 @@ def kronecker_factors(
         TypeError: If an argument has the wrong type.
     """
     _check(model, approx=approx, fisher=fisher, loss_average=loss_average)
+    if isinstance(loss_fn, str) or fisher in ("mc", "type-2"):
+        loss_fn = loss_module(loss_fn)  # type: ignore[arg-type]
     if isinstance(loss_fn, nn.Module) and fisher == "empirical":
         _check_average(loss_fn, loss_average)
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise TypeError(f"dtype must be a floating-point torch.dtype or None, got {dtype!r}")
+    if not isinstance(norms, bool):
+        raise TypeError(f"norms must be True or False, got {norms!r}")
     structures = _pair(structure)
     require_int("samples", samples, 1)
     sites, refused = find_sites(model, norms)
@@ -104,7 +111,10 @@ def kronecker_factors(
         for handle in handles:
             handle.remove()
     if not sums:
-        raise ValueError("no layer of model was measured: data is empty, or none was called")
+        raise ValueError(
+            "no layer of model was measured: data is empty (an iterator that is used up?), all "
+            "parameters are frozen, or no layer was called with gradients enabled"
+        )
     return {name: _finished(taps[name].recipe, *sums[name]) for name in taps if name in sums}
 
 
@@ -126,7 +136,10 @@ def _check_average(loss_fn: nn.Module, loss_average: LossAverage) -> None:
 
 
 def _pair(spec: Any) -> tuple[Structure, Structure]:
-    first, second = spec if isinstance(spec, (tuple, list)) else (spec, spec)
+    pair = tuple(spec) if isinstance(spec, (tuple, list)) else (spec, spec)
+    if len(pair) != 2:
+        raise ValueError(f"structure must be one value or a pair (input, output), got {spec!r}")
+    first, second = pair
     return structure(first), structure(second)
 
 
@@ -159,11 +172,11 @@ def _measure(
     if not probes:
         return
     if taps[0].recipe.fisher not in OF_THE_LOSS:
-        assert isinstance(loss_fn, (str, nn.Module))
+        assert isinstance(loss_fn, nn.Module)
         measure_fisher(taps, outputs, loss_fn, targets, samples, generator)
         return
-    loss = loss_module(loss_fn) if isinstance(loss_fn, str) else loss_fn
-    torch.autograd.backward(loss(outputs, targets), inputs=probes)
+    assert not isinstance(loss_fn, str)
+    torch.autograd.backward(loss_fn(outputs, targets), inputs=probes)
 
 
 def _add(sums: dict[str, list[Tensor]], taps: Mapping[str, LayerTap], average: LossAverage) -> None:

@@ -83,18 +83,26 @@ def _class_weights(
         if loss.weight is not None:
             raise ValueError("targets is None, but the loss weights classes: pass targets")
         return p.new_ones(shape), float(shape.numel())
+    if weight.shape != (classes,):
+        raise ValueError(f"the loss weights {len(weight)} classes, but outputs has {classes}")
     smoothing = loss.label_smoothing
     if targets.is_floating_point():
+        _check_shape(targets, p.movedim(-1, dim))
         soft = targets.to(p).movedim(dim, -1) * (1 - smoothing) + smoothing / classes
         return soft @ weight, float(shape.numel())
-    if targets.shape != shape:
-        raise ValueError(
-            f"targets has shape {tuple(targets.shape)}, expected {tuple(shape)} for these outputs"
-        )
+    _check_shape(targets, p[..., 0])
     kept = targets != loss.ignore_index
     own = weight[torch.where(kept, targets, 0)] * kept
     smooth = own * (1 - smoothing) + kept * (smoothing * weight.mean())
     return smooth, own.sum()
+
+
+def _check_shape(targets: Tensor | None, like: Tensor) -> None:
+    if targets is not None and targets.shape != like.shape:
+        raise ValueError(
+            f"targets has shape {tuple(targets.shape)}, expected {tuple(like.shape)} for these "
+            "outputs"
+        )
 
 
 class Gaussian(Likelihood):
@@ -175,11 +183,13 @@ def _(loss: nn.CrossEntropyLoss, outputs: Tensor, targets: Tensor | None) -> Lik
 
 @likelihood.register
 def _(loss: nn.MSELoss, outputs: Tensor, targets: Tensor | None) -> Likelihood:
+    _check_shape(targets, outputs)
     return Gaussian(loss, outputs)
 
 
 @likelihood.register
 def _(loss: nn.BCEWithLogitsLoss, outputs: Tensor, targets: Tensor | None) -> Likelihood:
+    _check_shape(targets, outputs)
     return Bernoulli(loss, outputs, targets)
 
 
@@ -219,6 +229,10 @@ def measure_fisher(
         ValueError: If an argument is out of range, or outputs carry no graph.
         TypeError: If the loss is of an unknown kind.
     """
+    if not isinstance(outputs, Tensor):
+        raise TypeError(
+            f"outputs must be the tensor that the loss takes, got {type(outputs).__name__}"
+        )
     if not outputs.requires_grad:
         raise ValueError("outputs carries no graph: call the model with gradients enabled")
     module = loss_module(loss)
@@ -229,26 +243,52 @@ def measure_fisher(
             vectors = model.columns()
         else:
             vectors = (model.sample(generator) * samples**-0.5 for _ in range(samples))
-    probes = [probe for tap in taps for probe in tap.probes]
-    before = [_terms(tap) for tap in taps]
-    _backpropagate(taps, outputs, vectors, probes)
-    for tap, seen in zip(taps, before, strict=True):
-        if tap.probes and tap.probes[2].grad is not None and tap.measured:
-            tap.probes[2].grad[1] = seen + model.terms
+    held = [[probe.grad for probe in tap.probes] for tap in taps]
+    for probe in (probe for tap in taps for probe in tap.probes):
+        probe.grad = None
+    try:
+        _backpropagate(taps, outputs, vectors)
+    finally:
+        for tap, before in zip(taps, held, strict=True):
+            _accumulate(tap, before, model.terms)
 
 
-def _terms(tap: LayerTap) -> Tensor | float:
-    counts = tap.probes[2].grad if tap.probes else None
-    return 0.0 if counts is None else counts[1].clone()
+def _accumulate(tap: LayerTap, before: list[Tensor | None], terms: Tensor | float) -> None:
+    """Add what was measured to what was before.
+
+    A second loss on the same forward pass shares the first one's terms: its G is scaled.
+    """
+    A, G, counts = (probe.grad for probe in tap.probes)
+    if A is None or G is None or counts is None:
+        new: list[Tensor | None] = []
+    else:
+        earlier = [s for s in tap.met if s.measured_in == tap.epoch]
+        if earlier:
+            G = G * _ratio(earlier[0].terms, terms, G)
+        for samples in [] if earlier else tap.met:
+            samples.measured_in, samples.terms = tap.epoch, terms
+        counts[1] = 0.0 if earlier else terms
+        new = [A, G, counts]
+    for probe, old, added in zip(tap.probes, before, new or before, strict=True):
+        probe.grad = added if old is None or not new or added is None else old + added
+    tap.met.clear()
 
 
-def _backpropagate(
-    taps: Sequence[LayerTap], outputs: Tensor, vectors: Iterator[Tensor], probes: list[Tensor]
-) -> None:
+def _ratio(first: Tensor | float, second: Tensor | float, like: Tensor) -> Tensor:
+    """first / second, 1 where both losses are sums."""
+    pair = [
+        torch.as_tensor(terms, dtype=like.dtype, device=like.device) for terms in (first, second)
+    ]
+    return torch.where(pair[1] > 0, pair[0] / pair[1].clamp(min=1e-30), torch.ones_like(pair[0]))
+
+
+def _backpropagate(taps: Sequence[LayerTap], outputs: Tensor, vectors: Iterator[Tensor]) -> None:
     """One backward pass for each vector, of which the first measures inputs too."""
+    probes = [probe for tap in taps for probe in tap.probes]
     try:
         for tap in taps:
-            tap.recording, tap.measured, tap.measures_input = True, False, True
+            tap.recording, tap.measures_input = True, True
+            tap.met.clear()
         for vector in vectors:
             torch.autograd.backward(
                 outputs, vector.to(outputs.dtype), retain_graph=True, inputs=probes

@@ -52,6 +52,7 @@ class Tap(torch.autograd.Function):
         if not tap.recording or not (compiling or _runs(ctx.next_functions[-1][0])):
             return gradient, *nothing
         saved = ctx.saved_tensors
+        tap.met.append(ctx.samples)
         first = ctx.samples.count_once(tap.epoch)
         statistics = tap.measure(saved, gradient, first)
         return gradient, None, None, None, *(None for _ in saved), *statistics
@@ -67,6 +68,8 @@ class Samples:
 
     def __init__(self) -> None:
         self.counted_in = -1
+        self.measured_in = -1
+        self.terms: Tensor | float = 0.0
 
     def count_once(self, epoch: int) -> bool:
         """Whether they are still to be counted in the epoch (between two `clear`)."""
@@ -84,7 +87,7 @@ class LayerTap:
         recording: Whether backward passes are measured: always for the empirical Fisher, and
             for another one while its own backward passes run.
         measures_input: Whether they are measured for A too, or for G alone.
-        measured: Whether one was measured since somebody set this to False.
+        met: The samples that were measured since somebody cleared this list.
         epoch: Counts the calls of `clear`, so that samples are counted once in between.
         scope: The samples of the model's forward pass that runs now, if one does.
         latest: Those of the last one, for calls that checkpointing recomputes in backward.
@@ -96,7 +99,7 @@ class LayerTap:
         self.enabled = True
         self.recording = recipe.fisher in OF_THE_LOSS
         self.measures_input = True
-        self.measured = False
+        self.met: list[Samples] = []
         self.epoch = 0
         self.scope: Samples | None = None
         self.latest: Samples | None = None
@@ -153,7 +156,6 @@ class LayerTap:
 
     def measure(self, saved: Saved, gradient: Tensor, first_use: bool) -> tuple[Tensor, ...]:
         """The statistics of one call, outside of any autograd graph and autocast region."""
-        self.measured = True
         saved = tuple(tensor.detach() for tensor in saved)
         with torch.no_grad(), torch.autocast(gradient.device.type, enabled=False):
             arguments = (self.recipe, saved, gradient.detach(), self.dtype)
@@ -174,6 +176,7 @@ class LayerTap:
     def clear(self) -> None:
         """Forget all statistics."""
         self.epoch += 1
+        self.met.clear()
         for probe in self._probes:
             probe.grad = None
 

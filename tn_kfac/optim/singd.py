@@ -89,7 +89,7 @@ class SINGD(KroneckerOptimizer):
     heavy-ball momentum as in `torch.optim.SGD`. Grouped convolutions have one exact pair
     of factors per channel group, each with its own traces.
 
-    Parameters without Kronecker factors (norm layers, embeddings, stray parameters) are
+    Parameters without Kronecker factors (norm layers, stray parameters) are
     trained by `fallback`, in param groups of their own (`group["rule"]`).
 
     Args:
@@ -104,7 +104,8 @@ class SINGD(KroneckerOptimizer):
         weight_decay: γ, added to the preconditioned gradient as γ · parameter.
         T: Steps between factor updates.
         loss_average: What the loss averages over: "batch", "batch+sequence" (also over
-            shared positions: the tokens of a sequence) or None for a sum.
+            shared positions: the tokens of a sequence) or None for a sum. It must fit the
+            loss; class weights and ignored targets want fisher="mc" or "type-2".
         lr_cov: Step size of the factor updates (β₁), or a callable of the step.
         structure: "diagonal" or "dense" for both factors, or a pair (input, output).
         fisher: "empirical" takes the gradients of the loss; "mc" those for labels drawn from
@@ -113,7 +114,7 @@ class SINGD(KroneckerOptimizer):
         norms: Whether the affine parameters of normalisation layers get factors (the exact
             diagonal of the Fisher, at the price of one more pass over their inputs) or are
             trained by the fallback.
-        structures: The same under the name that the package `singd` uses.
+        structures: `structure` under the name that the package `singd` uses.
         kfac_approx: "expand" or "reduce" (https://arxiv.org/abs/2311.00636).
         warn_unsupported: Whether to warn of parameters that are not trained, or that
             share weights in a way without Kronecker factors.
