@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable
 
 from tn_kfac.curvature import LayerTap
@@ -21,18 +22,24 @@ def measured_apart(bindings: Iterable[Binding]) -> list[list[LayerTap]]:
 def check_measured(bindings: Iterable[Binding], is_due: Callable[[Binding], bool]) -> None:
     """Check that no layer whose factors are due waits for curvature in vain.
 
+    Warns if it should have come with the gradients of the loss.
+
     Raises:
-        RuntimeError: If nothing was measured since the last step.
+        RuntimeError: If nothing was measured since the last step, and a call was forgotten.
     """
     waiting = [
-        b.tap
-        for b in bindings
-        if b.tap.recipe.fisher not in OF_THE_LOSS
-        and any(p.grad is not None for p in b.parameters)
-        and is_due(b)
+        b.tap for b in bindings if any(p.grad is not None for p in b.parameters) and is_due(b)
     ]
-    if waiting and all(tap.factors() is None for tap in waiting):
+    if not waiting or any(tap.factors() is not None for tap in waiting):
+        return
+    apart = [tap.recipe.fisher for tap in waiting if tap.recipe.fisher not in OF_THE_LOSS]
+    if apart:
         raise RuntimeError(
-            f"fisher={waiting[0].recipe.fisher!r} has no curvature for this step: call "
+            f"fisher={apart[0]!r} has no curvature for this step: call "
             "optimizer.curvature(outputs, loss, targets) between forward and backward"
         )
+    warnings.warn(
+        "no layer captured curvature since the last step, so the factors stay as they are: use "
+        "loss.backward() (without inputs=) on a forward pass of this model",
+        stacklevel=4,
+    )
