@@ -1,16 +1,13 @@
 """Which parameter gets which curvature: against SINGD itself, and without a trace."""
 
 import copy
-import sys
-import time
 
 import pytest
 import torch
 from torch import nn
 from torch.nn.modules import module as global_hooks
 
-from tn_kfac import SINGD, Summary, summary
-from tn_kfac.summary.table import merged
+from tn_kfac import SINGD, summary
 
 
 class Mixed(nn.Module):
@@ -303,52 +300,3 @@ def test_models_without_gradients_or_parameters():
 def test_bad_input_is_named(arguments, options, error, named):
     with pytest.raises(error, match=named):
         summary(*arguments, **options)
-
-
-def test_resnet18_prints_in_a_moment():
-    """Repeated layers share a line, and the table is made in less than ten seconds."""
-    torchvision = pytest.importorskip("torchvision")
-    model = torchvision.models.resnet18()
-    start = time.perf_counter()
-    found = summary(model, torch.randn(2, 3, 64, 64), structure="dense")
-    text = str(found)
-    assert time.perf_counter() - start < 10
-    assert_complete(found, model)
-    assert "layer1.[0-1].conv[1-2] ×4" in text
-    assert len(text.splitlines()) < 30 < len(found.rows)
-    assert text.splitlines()[-1].startswith("total: 11,689,512 parameters (99.9% Kronecker")
-
-
-def test_str_is_aligned_and_narrow():
-    deep = nn.Sequential(*(nn.Sequential(nn.Linear(4, 4), nn.ReLU()) for _ in range(100)))
-    model = nn.ModuleDict({"a_name_that_is_far_too_long_to_be_readable_in_a_table": deep})
-    model.forward = deep.forward
-    head, rule, line, total = str(summary(model, torch.randn(2, 4))).splitlines()
-    assert "×100" in line and "…" in line
-    assert len(rule) >= len(line) and head.startswith("layer")
-    assert total.startswith("total: 2,000 parameters")
-
-
-def test_merged_names():
-    assert merged(["a.0.b1", "a.2.b1", "a.1.b1"]) == "a.[0-2].b1"
-    assert merged(["a.0", "a.3"]) == "a.*"
-    assert merged(["head"]) == "head"
-
-
-@pytest.mark.parametrize("terminal", [True, False])
-@pytest.mark.parametrize("installed", [True, False])
-def test_print(capsys, monkeypatch, terminal, installed):
-    """Through rich in a terminal; the plain text in a file, or where rich is missing."""
-    if installed:
-        pytest.importorskip("rich")
-    else:
-        for name in ("rich", "rich.box", "rich.console", "rich.table"):
-            monkeypatch.setitem(sys.modules, name, None)
-    monkeypatch.setenv("TTY_COMPATIBLE", "1" if terminal else "0")
-    monkeypatch.setenv("COLUMNS", "160")
-    found = summary(nn.Sequential(nn.Linear(3, 2), nn.LayerNorm(2)), torch.randn(4, 3))
-    assert isinstance(found, Summary)
-    found.print()
-    printed = capsys.readouterr().out
-    assert "Linear 3->2" in printed and "LayerNorm 2" in printed
-    assert (printed == f"{found}\n") == (not (terminal and installed))
