@@ -26,7 +26,7 @@ from benchmarks.convolutions import NETWORKS, Layer, convolutions
 from benchmarks.implementations import make_case
 from benchmarks.machine import ROOT, machine, set_precision, versions
 from benchmarks.measure import Cpu, Cuda, Device, copy_bandwidth, is_out_of_memory, release
-from benchmarks.operations import IMPLEMENTATIONS, OPERATIONS, UNLOWERED, Operation
+from benchmarks.operations import IMPLEMENTATIONS, OPERATIONS, PLANS, Operation
 from benchmarks.report import Report
 from benchmarks.rows import Settings, measure
 
@@ -48,7 +48,7 @@ def parser() -> argparse.ArgumentParser:
     add("--device", choices=("cpu", "cuda"), default="cpu")
     add("--networks", nargs="+", choices=SOURCES, help="default: all; peers: PEERS.md's layers")
     add("--operations", nargs="+", choices=OPERATIONS, default=tuple(OPERATIONS))
-    add("--implementations", nargs="+", choices=(*IMPLEMENTATIONS, UNLOWERED),
+    add("--implementations", nargs="+", choices=(*IMPLEMENTATIONS, *PLANS),
         default=IMPLEMENTATIONS)  # fmt: skip
     add("--layers", default="", metavar="TEXT", help="only layers with TEXT in their name")
     add("--dtype", choices=DTYPES, default="float32")

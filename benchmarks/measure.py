@@ -171,7 +171,7 @@ def host_seconds(device: Device, run: Run, calls: int = 3) -> float:
 def sample(
     device: Device, runs: Mapping[str, tuple[Run, float]], repeats: int, seconds: float
 ) -> dict[str, list[float]]:
-    """Times of several functions that take turns.
+    """Times of several functions that take turns, forwards and backwards.
 
     Each comes with the seconds that the host needs for it, and is called `repeats` times,
     or as often as `seconds` allow, but a few times even then.
@@ -182,9 +182,9 @@ def sample(
         fewest = 1 if first > LONG_SECONDS else FEWEST
         wanted[name] = max(fewest, min(repeats, int(seconds / max(first, runs[name][1]))))
     for turn in range(1, max(wanted.values(), default=0)):
-        for name, run in runs.items():
+        for name in reversed(runs) if turn % 2 else runs:  # none is always the first
             if turn < wanted[name]:
-                times[name].append(device.seconds(*run))
+                times[name].append(device.seconds(*runs[name]))
     return times
 
 

@@ -18,8 +18,9 @@ from tn_kfac.tensor_network.execute import execute
 from tn_kfac.tensor_network.slicing import plan
 
 IMPLEMENTATIONS = ("ours", "unfold", "einconv", "torch")
-UNLOWERED = "einsum"
-"""Ours, contracted as einsums with no kernel in place of a part: measured where asked for."""
+PLANS = {"lowered": True, "einsum": False}
+"""Our plan of a case, executed with kernels in place of its parts or without: measured where
+asked for."""
 
 Joins = Literal["mean", "sum", "cat"]
 
@@ -54,7 +55,7 @@ class Operation:
     def implementations(self) -> tuple[str, ...]:
         """The names of those who implement this operation."""
         missing = {name for name in ("torch", "einconv") if getattr(self, name) is None}
-        return tuple(name for name in (*IMPLEMENTATIONS, UNLOWERED) if name not in missing)
+        return tuple(name for name in (*IMPLEMENTATIONS, *PLANS) if name not in missing)
 
 
 _X, _XV = ("x",), ("x", "v")
@@ -105,11 +106,11 @@ def prepare(operation: Operation, implementation: str, case: Case) -> Prepared:
     if implementation == "ours":
         function = getattr(expressions, operation.name)
         return Prepared(lambda: call(function, operation.name, case), lambda: 0)
-    if implementation == UNLOWERED:
+    if implementation in PLANS:
         positional, named = by.arguments(operation.name, case)
         bound, tensors = getattr(expressions, operation.name).bound(positional, named)
-        unlowered = plan(bound.network, True, False)
-        return Prepared(lambda: execute(unlowered, tensors), lambda: 0)
+        planned = plan(bound.network, True, PLANS[implementation])
+        return Prepared(lambda: execute(planned, tensors), lambda: 0)
     if implementation == "einconv":
         return _prepare_einconv(operation, case)
     if implementation == "torch":

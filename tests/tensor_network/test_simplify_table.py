@@ -17,6 +17,8 @@ SPREAD = SpatialAxis(6, 2, stride=3, dilation=2)  # 2 windows that reach over 3 
 OVERLAPS = SpatialAxis(4, 3)  # 2 windows that share 2 pixels
 PADDED = SpatialAxis(4, 3, stride=3, padding=(1, 1))
 OVERHANGS = SpatialAxis(5, 3, stride=3, padding=(0, 1))
+WHOLE = SpatialAxis(3, 3)  # 1 window of all pixels, of whatever stride
+CROPPED = SpatialAxis(4, 3, stride=2)  # 1 window, one pixel behind it
 SQUARE = SpatialAxis(5, 3)  # as many windows as kernel pixels
 
 
@@ -81,6 +83,10 @@ TABLE = {
             spatial(TILES, [operand("x", ("c", "i"))], "cko", c=2),
             network([operand("x", ("c", "o", "k"))], "cko", c=2, o=2, k=3),
         ),
+        (
+            spatial(WHOLE, [x_ni], "nko", n=2),
+            network([operand("x", "n", ("o", "k"))], "nko", n=2, o=1, k=3),
+        ),
         # Anything else: pixels met twice, padding, a hyper-edge, pixels between windows, an
         # output that has o already, a summed pattern, one with two legs of one name.
         *((spatial(axis, [x_ni], "nko", n=2), None) for axis in (OVERLAPS, PADDED, SKIPS)),
@@ -97,6 +103,10 @@ TABLE = {
                 network([Operand("x", (Leg(("n",)), view(axis)))], "nko", n=2, o=2, k=2),
             )
             for axis in (SKIPS, SPREAD)
+        ),
+        (
+            spatial(CROPPED, [x_ni], "nko", n=2),
+            network([Operand("x", (Leg(("n",)), view(CROPPED)))], "nko", n=2, o=1, k=3),
         ),
         # Anything else: pixels met twice, padding, windows that tile, a view of part of a
         # leg, an output with pixels that no window meets.

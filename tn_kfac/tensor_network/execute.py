@@ -14,6 +14,7 @@ from tn_kfac.tensor_network.network import Delta, Network, Node, Ones, Operand, 
 from tn_kfac.tensor_network.pattern import Pattern
 from tn_kfac.tensor_network.plan import Plan, einsum_equation
 from tn_kfac.tensor_network.primitives import PRIMITIVES
+from tn_kfac.tensor_network.primitives.arrange import sum_over
 from tn_kfac.tensor_network.simplify import simplify
 from tn_kfac.tensor_network.slicing import DEFAULT_LIMIT, AnyPlan, Sliced
 
@@ -119,14 +120,9 @@ def _elementwise(axes: str, output: str, terms: list[Tensor]) -> Tensor:
 
 def _summed(axes: str, output: str, term: Tensor) -> Tensor:
     """A tensor summed over the axes that are not in the output, in the output's order."""
-    summed = [dim for dim, axis in enumerate(axes) if axis not in output]
-    if all(term.shape[dim] == 1 for dim in summed):
-        term = term.squeeze(tuple(summed))
-    elif summed[-1] - summed[0] == len(summed) - 1:
-        term = term.sum(summed)
-    else:  # one by one: dimensions that are not neighbours would be copied first
-        for dim in reversed(summed):
-            term = term.sum(dim)
+    gone = [dim for dim, axis in enumerate(axes) if axis not in output]
+    single = all(term.shape[dim] == 1 for dim in gone)
+    term = term.squeeze(tuple(gone)) if single else sum_over(term, gone)
     left = [axis for axis in axes if axis in output]
     return term.permute([left.index(axis) for axis in output])
 

@@ -47,6 +47,7 @@ def dense(network: Network) -> Network | None:
     """Windows that tile their axis are a reshape: of an operand's leg i, or of an output.
 
     With kernel = stride, no padding and no dilation, pixel i = o·K + k is the product (o k).
+    A single window (o = 0) has any stride.
     """
     return _without_pattern(network, tiling=True)
 
@@ -72,7 +73,8 @@ def _without_pattern(network: Network, tiling: bool) -> Network | None:
 
 def _disjoint(pattern: Pattern) -> bool:
     axis = pattern.axis
-    return axis.padding[0] == 0 and axis.stride >= axis.reach and not _overhangs(pattern)
+    apart = axis.stride >= axis.reach or axis.output_size == 1
+    return axis.padding[0] == 0 and apart and not _overhangs(pattern)
 
 
 def _overhangs(pattern: Pattern) -> bool:
@@ -84,8 +86,9 @@ def _overhangs(pattern: Pattern) -> bool:
 def _tiles(pattern: Pattern) -> bool:
     axis = pattern.axis
     covered = axis.output_size * axis.kernel_size
-    step = axis.kernel_size == 1 or axis.dilation == 1
-    return step and axis.stride == axis.kernel_size and covered == axis.input_size
+    dense = axis.kernel_size == 1 or axis.dilation == 1
+    step = axis.stride == axis.kernel_size or axis.output_size == 1
+    return dense and step and covered == axis.input_size
 
 
 def _unfold(network: Network, pattern: Pattern) -> Network | None:

@@ -16,9 +16,15 @@ from tn_kfac.tensor_network.simplify import traced
 Kind = Literal["forward", "input_vjp", "weight_vjp"]
 MAX_SPATIAL = 3
 """torch convolves over at most so many dimensions."""
-MIN_POSITIONS, MANY_POSITIONS = 300, 4096
-"""Fewer positions per example do not make a convolution of per-example gradients worth it;
-the second number is for channel groups."""
+MIN_POSITIONS = 300
+"""Fewer positions per example do not make a convolution of per-example gradients worth it."""
+FEW_POSITIONS, MANY_WEIGHTS, WIDENING = 32, 1 << 18, 6
+"""A matrix product of fewer positions, more weights, or so many times more outputs than inputs
+is better done as such."""
+FEW_SAMPLES = 2048
+"""The weight VJP of fewer positions, over all examples, is a small matrix product."""
+SMALL_IMAGE, MANY_CHANNELS = 64, 384
+"""Up to so many positions of so many channels, the patterns cost next to nothing."""
 
 
 @dataclass(frozen=True)
@@ -70,24 +76,41 @@ def convolution_call(network: Network) -> Network | None:
 def _fits(network: Network, call: ConvolutionCall) -> bool:
     """Whether torch's convolution beats an einsum (all measured, benchmarks/layer.py).
 
-    It does not if there is one window; nor, but for the forward pass, if nothing is left of
-    the patterns, which makes a matrix product of it; nor for the weights of single channels
-    under kernels as large as the image. Without a sum over examples each one is a group of its
-    own, which suits many positions, or single channels.
+    It does not if there is one window, nor for single channels under kernels as large as the
+    image, nor for few positions of very many channels. If nothing is left of the patterns,
+    which makes a matrix product of it, only the forward pass of not too many channels wins.
+    Without a sum over examples each one is a group of its own, which suits many positions, or
+    single channels.
     """
-    if all(axis.output_size == 1 for axis in call.spatial):
+    positions = prod(axis.output_size for axis in call.spatial)
+    channels, out = _channels(call)
+    if positions == 1:
         return False
     if not any(isinstance(node, Pattern) for node in traced(network)[0].nodes):
-        return call.kind == "forward"
-    if call.kind != "weight_vjp":
-        return True
-    group, _, channels, _ = call.groups
-    if call.elements(channels) == 1:
+        wide = channels * out > MANY_WEIGHTS or out >= WIDENING * channels
+        return call.kind == "forward" and positions >= FEW_POSITIONS and not wide
+    if positions <= SMALL_IMAGE and min(channels, out) >= MANY_CHANNELS:
+        return False
+    samples = call.elements(call.roles[0][0]) * positions
+    if call.kind == "weight_vjp" and call.roles[0][0] and samples < FEW_SAMPLES:
+        return False
+    if channels == 1:
         return any(axis.kernel_size < axis.input_size - 1 for axis in call.spatial)
-    grouped = sum(call.size[axis] > 1 for axis in group) > 1
-    positions = prod(axis.output_size for axis in call.spatial)
-    least = MANY_POSITIONS if grouped else MIN_POSITIONS
-    return bool(call.roles[0][0]) or positions >= least
+    per_example = call.kind == "weight_vjp" and not call.roles[0][0]
+    grouped = sum(call.size[axis] > 1 for axis in call.groups[0]) > 1
+    return not per_example or (positions >= MIN_POSITIONS and not grouped)
+
+
+def _channels(call: ConvolutionCall) -> tuple[int, int]:
+    """The input and output channels of a group."""
+    contracted = call.roles[1][0 if call.kind == "input_vjp" else 1]
+    inner = call.elements(contracted) // (call.group_size if call.kind == "input_vjp" else 1)
+    own = call.elements(call.groups[2])
+    return {
+        "forward": (inner, own),
+        "input_vjp": (own, inner),
+        "weight_vjp": (own, call.elements(call.groups[1])),
+    }[call.kind]
 
 
 def _call(

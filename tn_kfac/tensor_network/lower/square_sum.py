@@ -25,6 +25,6 @@ def square_sum(network: Network) -> Network | None:
             needed = set(chain(network.output_axes, *(n.axes for n in rest)))
             kept = tuple(axis for axis in node.axes if axis in needed)
             return network.rebuilt(
-                nodes=[SquareSum((node,), (kept,), sizes_of(network, node)), *rest]
+                nodes=[*rest, SquareSum((node,), (kept,), sizes_of(network, node))]
             )
     return None

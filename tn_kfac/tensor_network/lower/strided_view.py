@@ -9,7 +9,8 @@ from tn_kfac.tensor_network.network import Leg, Network, Operand, Window
 from tn_kfac.tensor_network.pattern import Pattern
 
 MIN_ROWS, MANY_GROUPS = 64, 16
-"""Many grams of fewer rows do not make a copy of all windows worth it."""
+"""Many grams of fewer rows do not make a copy of all windows worth it (all measured)."""
+SMALL_SIDE, SMALL_OPERAND = 64, 1 << 20
 
 
 def strided_view(network: Network) -> Network | None:
@@ -36,15 +37,19 @@ def strided_view(network: Network) -> Network | None:
 def _view_pays(network: Network, pattern: Pattern, holder: Operand) -> bool:
     """Whether to copy windows for a matrix product: not for many groups of few rows each.
 
-    An open window axis means that the windows are the result.
+    Nor for an image that is small enough for products with its patterns to cost less than a
+    copy of overlapping windows. An open window axis means that the windows are the result.
     """
-    if pattern.output in network.output_axes:
-        return True
     axis, patterns = pattern.axis, [n for n in network.nodes if isinstance(n, Pattern)]
-    if len(patterns) == 2 and 2 * axis.input_size**2 < axis.output_size * axis.kernel_size**2:
-        return False  # a gram of pixels, from which both patterns pick, is cheaper
     others = (n.axes for n in network.nodes if isinstance(n, Operand) and n is not holder)
     shared = set(chain.from_iterable(others))
+    few = axis.stride == 1 or prod(network.size[a] for a in holder.axes) <= SMALL_OPERAND
+    if len(patterns) > 1 and shared and few and axis.input_size <= SMALL_SIDE:
+        return False
+    if pattern.output in network.output_axes:
+        return True
+    if len(patterns) == 2 and 2 * axis.input_size**2 < axis.output_size * axis.kernel_size**2:
+        return False  # a gram of pixels, from which both patterns pick, is cheaper
     open_axes = set(network.output_axes)
     own = {p.kernel for p in network.nodes if isinstance(p, Pattern) and p.input in holder.axes}
     rows = (set(holder.axes) & open_axes) - shared | own

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from math import prod
 
 from tn_kfac.tensor_network.lower.primitive import Primitive
 from tn_kfac.tensor_network.network import Axes, Leg, Network, Operand, rename
@@ -45,7 +46,8 @@ class _Windows:
 def window_sum(network: Network) -> Network | None:
     """An operand whose pixels only meet window counts is summed over windows.
 
-    So is one that was split into tiles (o, k), with o summed.
+    So is one that was split into tiles (o, k), with o summed. Where offsets outnumber pixels
+    an einsum does less: pixels are summed and multiplied before they meet the patterns.
     """
     for node in network.nodes:
         if isinstance(node, Operand) and len(set(node.axes)) == len(node.axes):
@@ -54,7 +56,8 @@ def window_sum(network: Network) -> Network | None:
                 for dim, leg in enumerate(node.legs)
                 if (found := _counted(network, leg) or _tiled(network, leg))
             }
-            if windows:
+            axes = [found.axis for found in windows.values()]
+            if windows and prod(a.kernel_size for a in axes) <= prod(a.input_size for a in axes):
                 beside = {at for dim in windows for at in (dim - 1, dim + 1)} - set(windows)
                 for dim in sorted(beside & set(range(len(node.legs)))):
                     whole = _whole(network, node.legs[dim])

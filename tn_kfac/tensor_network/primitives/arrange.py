@@ -1,4 +1,4 @@
-"""An operand's tensor, with its axes arranged as a kernel wants them."""
+"""A tensor with its axes arranged as a kernel wants them, or summed."""
 
 from __future__ import annotations
 
@@ -19,3 +19,18 @@ def arranged(tensor: Tensor, axes: Axes, roles: Sequence[Axes], sizes: Sizes) ->
     order = list(chain.from_iterable(roles))
     permuted = tensor.permute([axes.index(axis) for axis in order])
     return permuted.reshape([prod(sizes[a] for a in role) for role in roles])
+
+
+def sum_over(tensor: Tensor, dims: Sequence[int]) -> Tensor:
+    """The sum over ascending dimensions, run by run from the last: others would be copied."""
+    dims = list(dims)
+    while dims:
+        run = last_run(dims)
+        tensor = tensor.sum(run)
+        dims = dims[: -len(run)]
+    return tensor
+
+
+def last_run(dims: Sequence[int]) -> list[int]:
+    """The last neighbours among ascending dimensions."""
+    return [dim for at, dim in enumerate(dims) if dim == dims[-1] - (len(dims) - 1 - at)]

@@ -7,7 +7,13 @@ from torch import Tensor
 
 from tn_kfac.kernels.window_sum import window_sum
 from tn_kfac.tensor_network.lower import SquareSum, WindowSum
-from tn_kfac.tensor_network.primitives.arrange import Materialise, Sizes, arranged
+from tn_kfac.tensor_network.primitives.arrange import (
+    Materialise,
+    Sizes,
+    arranged,
+    last_run,
+    sum_over,
+)
 
 SQUARE_CHUNK = 1 << 20
 """Elements that are squared at a time on a CPU, where a norm is slow."""
@@ -27,11 +33,32 @@ def sum_squares(node: SquareSum, sizes: Sizes, tensor_of: Materialise) -> Tensor
     dims = [dim for dim, axis in enumerate(operand.axes) if axis not in node.axes]
     if not dims:
         return x * x
-    if x.is_complex():
-        return (x * x).sum(dims)
-    exact = torch.promote_types(x.dtype, torch.float32)
-    if x.is_cuda:
-        return torch.linalg.vector_norm(x, dim=dims, dtype=exact).square().to(x.dtype)
-    rows = max(1, SQUARE_CHUNK // max(1, x[0].numel())) if 0 in dims and len(x) else len(x)
-    parts = [part.to(exact).square().sum(dims) for part in x.split(max(1, rows))]
-    return sum(parts[1:], parts[0]).to(x.dtype)
+    if x.is_cuda and not x.is_complex():
+        exact = torch.promote_types(x.dtype, torch.float32)
+        return _by_norm(x, dims, exact).to(x.dtype)
+    parts = x.split(max(1, len(x) * SQUARE_CHUNK // x.numel())) if _is_large(x, dims) else (x,)
+    total = sum_over(_squared(parts[0]), dims)
+    for part in parts[1:]:
+        total = total + sum_over(_squared(part), dims)
+    return total.to(x.dtype)
+
+
+def _is_large(x: Tensor, dims: list[int]) -> bool:
+    """Whether to square a few rows at a time."""
+    return x.numel() > SQUARE_CHUNK and 0 in dims and not x.is_complex()
+
+
+def _squared(x: Tensor) -> Tensor:
+    """The squares, in float32 if x has less."""
+    x = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+    return x * x
+
+
+def _by_norm(x: Tensor, dims: list[int], dtype: torch.dtype) -> Tensor:
+    """Σ x² by norms over the last run of neighbouring dimensions, then a sum over the others.
+
+    A norm over dimensions that are not neighbours is slow.
+    """
+    run = last_run(dims)
+    squares = torch.linalg.vector_norm(x, dim=run, dtype=dtype).square()
+    return sum_over(squares, dims[: -len(run)])
