@@ -14,6 +14,8 @@ from tn_kfac.structures import Dense, Diagonal
 NAN, INF = float("nan"), float("inf")
 NOT_NUMBERS = [(value, TypeError) for value in ("0.1", None, True, [0.1], 1j)]
 NOT_POSITIVE = [(value, ValueError) for value in (-1e-9, -1, NAN, INF, -INF)]
+NOT_POSITIVE_OR_NONE = [*((v, e) for v, e in NOT_NUMBERS if v is not None), *NOT_POSITIVE,
+                        (0, ValueError)]  # fmt: skip
 NOT_FLAGS = [(value, TypeError) for value in (0, 1, None, "yes")]
 
 BAD: dict[str, list[tuple[Any, type[Exception]]]] = {
@@ -29,7 +31,11 @@ BAD: dict[str, list[tuple[Any, type[Exception]]]] = {
     "lr_cov": NOT_NUMBERS + NOT_POSITIVE,
     "structure": [("wide", ValueError), ("", ValueError), (("dense",) * 3, ValueError),
                   (("dense",), ValueError), ((), ValueError), (("dense", "wide"), ValueError),
-                  (1, TypeError), (("dense", None), TypeError), (Dense, TypeError)],
+                  (1, TypeError), (("dense", None), TypeError), (Dense, TypeError),
+                  ({}, ValueError), ({"head": "dense"}, ValueError), ({3: "dense"}, TypeError),
+                  ({"*": "dense", "no such layer": "dense"}, ValueError),
+                  ({"*": {"*": "dense"}}, TypeError), ("block0diagonal", ValueError),
+                  ("auto0", ValueError)],
     "structures": [("wide", ValueError), (("dense",) * 3, ValueError), (("dense", 2), TypeError)],
     "kfac_approx": [("expnad", ValueError), (None, ValueError), (1, ValueError)],
     "fisher": [("true", ValueError), ("type2", ValueError), (None, ValueError), (2, ValueError)],
@@ -41,6 +47,18 @@ BAD: dict[str, list[tuple[Any, type[Exception]]]] = {
                              (torch.complex64, ValueError)],
     "init_grad_scale": NOT_NUMBERS + NOT_POSITIVE,
     "normalize_lr_cov": NOT_FLAGS,
+    "nesterov": NOT_FLAGS,
+    "decoupled_weight_decay": NOT_FLAGS,
+    "precondition": [("update", ValueError), (None, ValueError), (1, ValueError)],
+    "exponent": [(2, ValueError), (0, ValueError), ("1", ValueError), (None, ValueError)],
+    "graft": [("adam", ValueError), (True, ValueError), (1, ValueError)],
+    "update_rms": NOT_POSITIVE_OR_NONE,
+    "kl_clip": NOT_POSITIVE_OR_NONE,
+    "warmup": [(-1, ValueError), (1.0, TypeError), (True, TypeError), (None, TypeError)],
+    "init": [("zeros", ValueError), (None, ValueError), (1, ValueError)],
+    "factor_clip": NOT_POSITIVE_OR_NONE,
+    "curvature_fraction": [*NOT_NUMBERS, *NOT_POSITIVE, (0, ValueError), (2, ValueError),
+                           (0.3, ValueError), (2 / 3, ValueError)],
     "fallback": [("adam", ValueError), (True, ValueError), (0, ValueError)],
     "fallback_lr": [entry for entry in NOT_NUMBERS + NOT_POSITIVE if entry[0] is not None],
     "fallback_weight_decay": [e for e in NOT_NUMBERS + NOT_POSITIVE if e[0] is not None],

@@ -1,7 +1,6 @@
 """torch.amp.GradScaler: scaled losses give unscaled steps, and infinities no step."""
 
 import copy
-import re
 from collections.abc import Iterator
 
 import pytest
@@ -9,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from optimizers import Mixed, copied, each_optimizer, is_identity, loss_of, train
+from torch import nn
 from torch.amp import GradScaler
 
 
@@ -102,30 +102,46 @@ def test_overflow_in_the_first_step(digits, build):
 
 
 @each_optimizer
-def test_unscale_is_refused_with_a_remedy(digits, build):
-    """scaler.unscale_ hides the scale that the curvature needs: a RuntimeError that says so."""
-    model = Mixed()
-    optimizer = build(model)
-    scaler = _scaler()
-    scaler.scale(loss_of(model, digits, 0)).backward()
-    scaler.unscale_(optimizer)
-    before = copied(model)
-    with pytest.raises(RuntimeError, match=re.escape("scaler.unscale_(optimizer) hides")):
-        scaler.step(optimizer)
-    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
-
-
-@each_optimizer
-def test_plain_steps_after_a_refused_one(digits, build):
-    """What the scaler left on the optimizer does not stay in the way."""
+def test_unscaled_and_clipped_gradients(digits, build):
+    """scaler.unscale_ and a clip in between are those of a loop without a scaler."""
     model = Mixed()
     twin = copy.deepcopy(model)
     optimizer, oracle = build(model), build(twin)
     scaler = _scaler()
-    scaler.scale(loss_of(model, digits, 0)).backward()
-    scaler.unscale_(optimizer)
-    with pytest.raises(RuntimeError, match="unscale_"):
+    for step in range(4):
+        optimizer.zero_grad()
+        scaler.scale(loss_of(model, digits, step)).backward()
+        scaler.unscale_(optimizer)
+        norm = nn.utils.clip_grad_norm_(model.parameters(), 0.5)
         scaler.step(optimizer)
+        scaler.update()
+        oracle.zero_grad()
+        loss_of(twin, digits, step).backward()
+        assert norm > 0.5
+        torch.testing.assert_close(norm, nn.utils.clip_grad_norm_(twin.parameters(), 0.5))
+        oracle.step()
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(p, q)
+    assert not is_identity(optimizer.state[model.head.weight]["K"])
+
+
+def _of_no_scaler(optimizer):
+    """A step of a scaler that is none of torch's, after it unscaled the gradients."""
+    optimizer.found_inf, optimizer.grad_scale = torch.zeros(()), None
+    optimizer.step()
+
+
+@each_optimizer
+def test_unknown_scaler_is_refused_with_a_remedy(digits, build):
+    """It hides the scale that the curvature needs: a RuntimeError, after which steps go on."""
+    model = Mixed()
+    twin = copy.deepcopy(model)
+    optimizer, oracle = build(model), build(twin)
+    loss_of(model, digits, 0).backward()
+    before = copied(model)
+    with pytest.raises(RuntimeError, match=r"none of torch\.amp\.GradScaler"):
+        _of_no_scaler(optimizer)
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
     model.norm.load_state_dict(twin.norm.state_dict())
     assert train(model, optimizer, digits, range(3)) == train(twin, oracle, digits, range(3))
 

@@ -4,16 +4,93 @@ Everything is a d×d matrix; a structure is nothing but the projection Π onto i
 with channel groups is that many independent matrices.
 """
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
 
-PROJECTIONS: dict[str, Callable[[Tensor], Tensor]] = {
+
+def _weighted(matrix: Tensor, weight: Callable[[int, int], int]) -> Tensor:
+    """Entry (i, j) times weight(i, j)."""
+    d = matrix.shape[-1]
+    weights = [[weight(i, j) for j in range(d)] for i in range(d)]
+    return matrix * torch.tensor(weights, dtype=matrix.dtype)
+
+
+def _diagonal(matrix: Tensor) -> Tensor:
+    return _weighted(matrix, lambda i, j: i == j)
+
+
+def _block_diagonal(matrix: Tensor, size: int) -> Tensor:
+    return _weighted(matrix, lambda i, j: i // size == j // size)
+
+
+def _auto(matrix: Tensor, budget: int = 2**20) -> Tensor:
+    d = matrix.shape[-1]
+    if d**2 <= budget:
+        return matrix
+    return _block_diagonal(matrix, budget // d) if budget >= 8 * d else _diagonal(matrix)
+
+
+def _hierarchical(matrix: Tensor, k1: int, k2: int) -> Tensor:
+    """[[A, 2B₁, 2B₂], [0, C, 0], [0, 2D, E]]; if there are fewer rows, E has what A left."""
+    d = matrix.shape[-1]
+    k1 = min(k1, d)
+    k2 = min(k2, d - k1)
+
+    def weight(i: int, j: int) -> int:
+        if i < k1:
+            return 1 if j < k1 else 2
+        if i < d - k2:
+            return i == j
+        return 0 if j < k1 else 2 if j < d - k2 else 1
+
+    return _weighted(matrix, weight)
+
+
+def _arrow(matrix: Tensor, kept: Callable[[int, int, int], bool]) -> Tensor:
+    """The diagonal, and twice the entries where kept(i, j, last index)."""
+    last = matrix.shape[-1] - 1
+    return _weighted(matrix, lambda i, j: 1 if i == j else 2 * kept(i, j, last))
+
+
+def _triu_toeplitz(matrix: Tensor) -> Tensor:
+    """Averages of the diagonals, those above the first one twice."""
+    d, projected = matrix.shape[-1], torch.zeros_like(matrix)
+    for m in range(d):
+        total = sum(matrix[..., i, i + m] for i in range(d - m))
+        for i in range(d - m):
+            projected[..., i, i + m] = (2 if m else 1) * total / (d - m)
+    return projected
+
+
+PROJECTIONS: dict[str, Callable[..., Tensor]] = {
     "dense": lambda matrix: matrix,
-    "diagonal": lambda matrix: torch.diag(torch.diag(matrix)),
+    "diagonal": _diagonal,
+    "auto": _auto,
+    "auto([0-9]+)": _auto,
+    "block([0-9]+)diagonal": _block_diagonal,
+    "hierarchical([0-9]+)_([0-9]+)": _hierarchical,
+    "triutoeplitz": _triu_toeplitz,
+    "triltoeplitz": lambda matrix: _triu_toeplitz(matrix).mT,
+    "triltopleftdiag": partial(_arrow, kept=lambda i, j, last: i == last),
+    "trilbottomrightdiag": partial(_arrow, kept=lambda i, j, last: j == 0),
+    "triutopleftdiag": partial(_arrow, kept=lambda i, j, last: j == last),
+    "triubottomrightdiag": partial(_arrow, kept=lambda i, j, last: i == 0),
 }
+"""Π of symmetric matrices (*batch, d, d) by name; the numbers in a name are arguments."""
+
+
+def projection(name: str) -> Callable[[Tensor], Tensor]:
+    """Π of the structure with this name; it takes any matrix into the space."""
+    for pattern, project in PROJECTIONS.items():
+        if numbers := re.fullmatch(pattern, name):
+            numbers = [int(number) for number in numbers.groups()]
+            return lambda matrix: project(matrix, *numbers)
+    raise KeyError(name)
 
 
 @dataclass
@@ -41,7 +118,7 @@ class MatrixSINGD:
     def update_factors(self, A: Tensor, G: Tensor) -> None:
         """K, C and their momenta from the layer's factors."""
         K, C = self.state["K"], self.state["C"]
-        project_K, project_C = (PROJECTIONS[name] for name in self.structures)
+        project_K, project_C = map(projection, self.structures)
         H_K, H_C = project_K(K.T @ A @ K), project_C(C.T @ G @ C)
         KK, CC = project_K(K.T @ K), project_C(C.T @ C)
         alpha = 0.0 if self.ikfac else self.alpha1

@@ -1,5 +1,6 @@
 """Curvature captured in the backward pass."""
 
+from tn_kfac.curvature.compiled import forget_compiled
 from tn_kfac.curvature.estimate import kronecker_factors
 from tn_kfac.curvature.operators import to_curvlinops
 from tn_kfac.curvature.sites import Refusal, Site, find_sites, untold
@@ -14,6 +15,7 @@ __all__ = [
     "Refusal",
     "Site",
     "find_sites",
+    "forget_compiled",
     "kronecker_factors",
     "statistics",
     "to_curvlinops",

@@ -13,7 +13,7 @@ from tn_kfac.curvature.fisher import loss_module, measure_fisher
 from tn_kfac.curvature.sites import Site, find_sites, untold
 from tn_kfac.curvature.statistics import Factors, Fisher, LossAverage, Recipe
 from tn_kfac.curvature.tap import OF_THE_LOSS, ForwardScope, LayerTap
-from tn_kfac.structures import Structure, structure
+from tn_kfac.structures import Spec, structure
 from tn_kfac.tensor_network.convolution import require_int
 from tn_kfac.tensor_network.rows import Approx
 
@@ -32,7 +32,7 @@ def kronecker_factors(
     *,
     approx: Approx = "expand",
     fisher: Fisher = "mc",
-    structure: str | Structure | tuple[str | Structure, str | Structure] = "dense",
+    structure: str | Spec | tuple[str | Spec, str | Spec] = "dense",
     loss_average: LossAverage = "batch",
     norms: bool = False,
     samples: int = 1,
@@ -135,7 +135,7 @@ def _check_average(loss_fn: nn.Module, loss_average: LossAverage) -> None:
         )
 
 
-def _pair(spec: Any) -> tuple[Structure, Structure]:
+def _pair(spec: Any) -> tuple[Spec, Spec]:
     pair = tuple(spec) if isinstance(spec, (tuple, list)) else (spec, spec)
     if len(pair) != 2:
         raise ValueError(f"structure must be one value or a pair (input, output), got {spec!r}")

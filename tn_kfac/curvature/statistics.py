@@ -11,16 +11,18 @@ normalise them, so sums over micro-batches of any sizes equal those of one batch
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tn_kfac.layers.base import Ask, Layer, Saved
-from tn_kfac.structures import Diagonal, Structure
+from tn_kfac.structures import Dense, Diagonal, Spec, Structure
 from tn_kfac.tensor_network.rows import Approx
 
+Basis = tuple[Tensor, Tensor] | None
 Fisher = Literal["empirical", "mc", "type-2", "forward-only"]
 LossAverage = Literal["batch", "batch+sequence"] | None
 
@@ -51,6 +53,7 @@ class Recipe:
             are not those of the loss.
         structures: Of the input's and the output gradient's factor, as the user chose them.
         fisher: What the gradients are (`fisher` says more).
+        every: Of how many samples one is measured.
     """
 
     layer: Layer
@@ -58,18 +61,23 @@ class Recipe:
     has_bias: bool
     approx: Approx
     loss_average: LossAverage
-    structures: tuple[Structure, Structure]
+    structures: tuple[Spec, Spec]
     fisher: Fisher = "empirical"
+    every: int = 1
 
     @property
     def input_structure(self) -> Structure:
         """The structure of A: what the user chose, unless the layer's is diagonal anyway."""
-        return Diagonal() if self.layer.diagonal_input else self.structures[0]
+        return self._chosen(self.structures[0], self.dim_in, self.layer.diagonal_input)
 
     @property
     def output_structure(self) -> Structure:
         """The structure of G."""
-        return self.structures[1]
+        return self._chosen(self.structures[1], self.dim_out, False)
+
+    def _chosen(self, spec: Spec, dim: int, diagonal: bool) -> Structure:
+        space = Diagonal() if diagonal else spec.for_dim(dim)
+        return Dense() if space.reads == "rows" and not self.layer.structured else space
 
     @property
     def dim_in(self) -> int:
@@ -88,8 +96,10 @@ class Recipe:
         output_shape = self.output_structure.coordinate_shape(self.dim_out)
         return (groups, *input_shape), (groups, *output_shape), (2,)
 
-    def normalise(self, A: Tensor, G: Tensor, counts: Tensor) -> Factors:
+    def normalise(self, A: Tensor, G: Tensor, counts: Tensor, basis: Basis = None) -> Factors:
         """Factors from summed statistics: A over its rows, G by the terms of the loss.
+
+        `basis` is what `statistics` was given.
 
         This is the one place where a mean loss is accounted for: its gradients carry
         1/N each, so their outer products carry 1/N² and their sum wants a factor N. Gradients
@@ -98,8 +108,7 @@ class Recipe:
         rows, terms = counts.unbind()
         A = A / rows.clamp(min=1)  # an empty batch has no rows
         if self.fisher == "forward-only":
-            identity = self.output_structure.eye(len(G), self.dim_out, G.dtype, G.device)
-            return Factors(A, identity)
+            return Factors(A, _identity(self.output_structure, basis and basis[1], self.dim_out, G))
         if self.fisher != "empirical":
             return Factors(A, G / torch.where(terms > 0, terms, torch.ones_like(terms)))
         return Factors(A, G if self.loss_average is None else G * terms)
@@ -110,8 +119,8 @@ class Recipe:
             self.approx,
             self.has_weight,
             self.has_bias,
-            self.input_structure.diagonal_suffices,
-            self.output_structure.diagonal_suffices,
+            self.input_structure.reads,
+            self.output_structure.reads,
             dtype,
         )
 
@@ -123,6 +132,8 @@ def statistics(
     dtype: torch.dtype,
     first_use: bool = True,
     with_input: bool = True,
+    basis: Basis = None,
+    turn: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(A, G, counts) of one call of a layer, unnormalised, in `dtype`.
 
@@ -134,31 +145,70 @@ def statistics(
         first_use: Whether this is the layer's first call in a forward pass of the model;
             later calls add rows, but no samples.
         with_input: Whether to form A; without, its rows are none.
+        basis: K and C of structures that read rows: A is Π(Kᵀ A K) for them, G Π(Cᵀ G C).
+            Without, they are identities.
+        turn: Which sample of each `recipe.every` is measured.
     """
     layer, ask = recipe.layer, recipe.ask(dtype)
+    samples, positions = layer.counts(gradient.shape)
+    terms = samples * positions if recipe.loss_average == "batch+sequence" else samples
+    if recipe.every > 1 and samples:
+        start = turn % min(recipe.every, samples)
+        saved, gradient = layer.thinned(saved, gradient, start, recipe.every)
+    measured, _ = layer.counts(gradient.shape)
     gradient = gradient.to(dtype)
     saved = tuple(t.to(dtype) if t.is_floating_point() else t for t in saved)
-    samples, positions = layer.counts(gradient.shape)
-    rows = samples * positions if recipe.approx == "expand" else samples
-    terms = samples * positions if recipe.loss_average == "batch+sequence" else samples
+    rows = measured * positions if recipe.approx == "expand" else measured
     counts = gradient.new_full((2,), rows * with_input)
     counts[1] = terms * first_use if recipe.fisher == "empirical" else 0
+    K, C = basis or (None, None)
     if recipe.fisher == "forward-only":
         G = gradient.new_zeros(recipe.shapes()[1])
+    elif ask.output == "rows":
+        G = _projected(recipe.output_structure, layer.gradient_parts(saved, gradient, ask), C)
     else:
         G = layer.gradient_factor(saved, gradient, ask)
+    G = G * (samples / measured) if measured < samples else G
     if not with_input:
         return gradient.new_zeros(recipe.shapes()[0]), G, counts
-    return _input_statistic(recipe, saved, gradient, rows, ask), G, counts
+    return _input_statistic(recipe, saved, gradient, rows, ask, K), G, counts
 
 
-def _input_statistic(recipe: Recipe, saved: Saved, gradient: Tensor, rows: int, ask: Ask) -> Tensor:
+def _projected(space: Structure, parts: Iterable[Tensor], K: Tensor | None) -> Tensor:
+    """Π(Kᵀ R K) with R the gram of all rows, (groups, *coordinates)."""
+    total = None
+    for rows in parts:
+        if K is not None:
+            rows = space.apply_transposed(K.to(rows.dtype), rows.mT).mT
+        part = space.project_gram(rows)
+        total = part if total is None else total + part
+    assert total is not None
+    return total
+
+
+def _identity(space: Structure, K: Tensor | None, dim: int, like: Tensor) -> Tensor:
+    """The statistic of H = I, one for each group of `like`."""
+    if K is not None and space.reads == "rows":
+        return space.gram(K.to(like.dtype))
+    return space.eye(len(like), dim, like.dtype, like.device)
+
+
+def _input_statistic(
+    recipe: Recipe, saved: Saved, gradient: Tensor, rows: int, ask: Ask, K: Tensor | None
+) -> Tensor:
     """The statistic A: the factor of the rows, bordered by their sum for a bias."""
     layer, space = recipe.layer, recipe.input_structure
+    column_of_ones = recipe.has_bias and layer.bias_is == "column"
     if not saved:
-        return space.eye(layer.groups, recipe.dim_in, ask.dtype, gradient.device) * rows
+        like = gradient.new_empty(layer.groups)
+        return _identity(space, K, recipe.dim_in, like) * rows
+    if ask.input == "rows":
+        parts = layer.input_parts(saved, gradient.shape, ask)
+        if column_of_ones:
+            parts = (nn.functional.pad(part, (0, 1), value=1.0) for part in parts)
+        return _projected(space, parts, K)
     A = layer.input_factor(saved, gradient.shape, ask)
-    if layer.bias_is == "row" or not recipe.has_bias:
+    if not column_of_ones:
         return A
     corner = gradient.new_full((layer.groups,), rows)
     column = None if ask.input_diagonal else layer.input_total(saved, gradient.shape, ask)

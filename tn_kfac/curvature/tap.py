@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.utils.hooks import RemovableHandle
 
-from tn_kfac.curvature.statistics import Factors, Recipe, statistics
+from tn_kfac.curvature.compiled import register, traced_tap
+from tn_kfac.curvature.statistics import Basis, Factors, Recipe, statistics
 from tn_kfac.layers.base import Saved
 
 OF_THE_LOSS = ("empirical", "forward-only")
@@ -37,8 +38,6 @@ class Tap(torch.autograd.Function):
         ctx.save_for_backward(*tensors[:count])
         ctx.layer_tap = layer_tap
         ctx.samples = samples
-        if torch.compiler.is_compiling():
-            return output.clone()  # fused away; mark_dirty does not trace on torch 2.11
         ctx.mark_dirty(output)
         return output
 
@@ -48,10 +47,10 @@ class Tap(torch.autograd.Function):
         (gradient,) = gradients
         tap: LayerTap = ctx.layer_tap
         nothing = (None for _ in ctx.needs_input_grad[1:])
-        compiling = torch.compiler.is_compiling()
-        if not tap.recording or not (compiling or _runs(ctx.next_functions[-1][0])):
+        if not tap.recording or not _runs(ctx.next_functions[-1][0]):
             return gradient, *nothing
         saved = ctx.saved_tensors
+        tap.forget_discarded()
         tap.met.append(ctx.samples)
         first = ctx.samples.count_once(tap.epoch)
         statistics = tap.measure(saved, gradient, first)
@@ -91,6 +90,11 @@ class LayerTap:
         epoch: Counts the calls of `clear`, so that samples are counted once in between.
         scope: The samples of the model's forward pass that runs now, if one does.
         latest: Those of the last one, for calls that checkpointing recomputes in backward.
+        trained: The parameters whose gradients say whether statistics are still wanted.
+        called: Whether the layer was called in that forward pass.
+        key: By which compiled graphs know the tap.
+        basis: K and C, into which structures that read rows project them; None: identities.
+        turn: Which samples are measured, if not all are.
     """
 
     def __init__(self, recipe: Recipe, dtype: torch.dtype) -> None:
@@ -103,19 +107,34 @@ class LayerTap:
         self.epoch = 0
         self.scope: Samples | None = None
         self.latest: Samples | None = None
+        self.trained: tuple[Tensor, ...] = ()
+        self.called = False
+        self.basis: Basis = None
+        self.turn = 0
         self._probes: tuple[Tensor, ...] = ()
+        self.key = register(self)
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any],
                  output: Tensor) -> Tensor | None:  # fmt: skip
         """Forward hook: replace the output by its tapped self where gradients will flow."""
         if not (self.enabled and torch.is_grad_enabled() and output.requires_grad):
             return None
+        if torch.compiler.is_compiling():
+            return self._traced(module, args, kwargs, output)
         if _transformed() or not self._trains(module):
             return None
-        self._forget_discarded(module)
         saved = self.recipe.layer.saved(module, args, kwargs) if self.recipe.has_weight else ()
         probes = self.probes_on(output.device)
         return Tap.apply(output, self, self._samples(), len(saved), *saved, *probes)
+
+    def _traced(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any],
+                output: Tensor) -> Tensor | None:  # fmt: skip
+        """The same in a model that is being compiled."""
+        if not self._trains(module):
+            return None
+        saved = self.recipe.layer.saved(module, args, kwargs) if self.recipe.has_weight else ()
+        first, self.called = not (self.called and self.scope is not None), True
+        return traced_tap(output, self.key, first, saved, self.probes_on(output.device))
 
     def _trains(self, module: nn.Module) -> bool:
         """Whether one of the parameters takes gradients now."""
@@ -125,13 +144,12 @@ class LayerTap:
         names = ("weight",) * self.recipe.has_weight + ("bias",) * self.recipe.has_bias
         return [getattr(module, name) for name in names]
 
-    def _forget_discarded(self, module: nn.Module) -> None:
+    def forget_discarded(self) -> None:
         """Drop statistics whose gradients were dropped: by `model.zero_grad()`, say."""
-        if torch.compiler.is_compiling() or self.recipe.fisher not in OF_THE_LOSS:
+        if not self.trained or self.recipe.fisher not in OF_THE_LOSS:
             return
-        if not any(p.grad is not None for p in self._probes):
-            return
-        if all(parameter.grad is None for parameter in self._parameters(module)):
+        measured = any(p.grad is not None for p in self._probes)
+        if measured and all(parameter.grad is None for parameter in self.trained):
             self.clear()
 
     def _samples(self) -> Samples:
@@ -159,7 +177,8 @@ class LayerTap:
         saved = tuple(tensor.detach() for tensor in saved)
         with torch.no_grad(), torch.autocast(gradient.device.type, enabled=False):
             arguments = (self.recipe, saved, gradient.detach(), self.dtype)
-            return statistics(*arguments, first_use, self.measures_input)
+            choices = (first_use, self.measures_input, self.basis, self.turn)
+            return statistics(*arguments, *choices)
 
     @property
     def probes(self) -> tuple[Tensor, ...]:
@@ -171,7 +190,7 @@ class LayerTap:
         sums = [probe.grad for probe in self._probes]
         if not sums or any(total is None for total in sums):
             return None
-        return self.recipe.normalise(*sums)  # type: ignore[arg-type]
+        return self.recipe.normalise(*sums, basis=self.basis)  # type: ignore[arg-type]
 
     def clear(self) -> None:
         """Forget all statistics."""
@@ -202,8 +221,10 @@ class ForwardScope:
     def mark(self, tracked: bool) -> None:
         """Begin (or end) a forward pass: no layer has been called yet."""
         for tap in self.taps:
-            tap.scope = Samples() if tracked else None
-            tap.latest = tap.scope or tap.latest
+            tap.called = False
+            if not torch.compiler.is_compiling():
+                tap.scope = Samples() if tracked else None
+                tap.latest = tap.scope or tap.latest
 
 
 class _ScopeHook:

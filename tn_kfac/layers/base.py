@@ -13,11 +13,11 @@ a class of a package that may be missing.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import singledispatch
 from math import prod
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from tn_kfac.tensor_network.rows import Approx
 
 Saved = tuple[Tensor, ...]
+Reads = Literal["diagonal", "gram", "rows"]
 
 
 @dataclass(frozen=True)
@@ -35,17 +36,27 @@ class Ask:
         approx: KFAC-expand or KFAC-reduce.
         weight: Whether the weight is trained.
         bias: Whether the bias is trained.
-        input_diagonal: Whether the diagonal of the input's factor suffices.
-        output_diagonal: Whether that of the output gradient's does.
+        input: What of the input's factor is read: the gram, its diagonal, or the rows.
+        output: What of the output gradient's.
         dtype: Of the sums.
     """
 
     approx: Approx
     weight: bool = True
     bias: bool = False
-    input_diagonal: bool = False
-    output_diagonal: bool = False
+    input: Reads = "gram"
+    output: Reads = "gram"
     dtype: torch.dtype = torch.float32
+
+    @property
+    def input_diagonal(self) -> bool:
+        """Whether the diagonal of the input's factor suffices."""
+        return self.input == "diagonal"
+
+    @property
+    def output_diagonal(self) -> bool:
+        """Whether that of the output gradient's does."""
+        return self.output == "diagonal"
 
 
 @dataclass(frozen=True)
@@ -72,6 +83,7 @@ class Layer(ABC):
         bias_is: Where the bias is appended to the weight matrix: a column or a row.
         diagonal_input: Whether the input's factor is diagonal, whatever a user asks for.
         autocast: Whether autocast runs such a layer in its lower precision.
+        structured: Whether its factors may have any structure; others are dense or diagonal.
         curvature: "kronecker", or "diagonal" where the factors are the Fisher's own blocks
             of the few parameters of a channel.
     """
@@ -79,6 +91,7 @@ class Layer(ABC):
     bias_is: ClassVar[str] = "column"
     diagonal_input: ClassVar[bool] = False
     autocast: ClassVar[bool] = False
+    structured: ClassVar[bool] = True
     curvature: ClassVar[str] = "kronecker"
 
     groups: int
@@ -114,6 +127,20 @@ class Layer(ABC):
 
         KFAC-reduce sums them over shared positions first.
         """
+
+    def input_parts(self, saved: Saved, gradient: torch.Size, ask: Ask) -> Iterator[Tensor]:
+        """The rows of the input, a part (groups, rows, in) at a time."""
+        raise AssertionError(f"{type(self).__name__} has no rows of the input")
+
+    def gradient_parts(self, saved: Saved, gradient: Tensor, ask: Ask) -> Iterator[Tensor]:
+        """The rows of the output gradient, a part (groups, rows, out) at a time."""
+        raise AssertionError(f"{type(self).__name__} has no rows of the output gradient")
+
+    def thinned(
+        self, saved: Saved, gradient: Tensor, start: int, every: int
+    ) -> tuple[Saved, Tensor]:
+        """The samples start, start + every, … of a call; all, where they depend on each other."""
+        return saved, gradient
 
     def cost(self, shape: torch.Size, gradient: torch.Size, ask: Ask) -> Cost:
         """What statistics take, by shapes of input and output gradient; nothing is computed.

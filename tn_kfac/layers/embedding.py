@@ -12,7 +12,7 @@ The weight is kept as (embeddings, features) by torch, the matrix here is its tr
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from typing import Any, ClassVar
@@ -49,9 +49,12 @@ class LookUpLayer(Layer):
         raise AssertionError("an embedding has no bias")
 
     def gradient_factor(self, saved: Saved, gradient: Tensor, ask: Ask) -> Tensor:
+        (rows,) = self.gradient_parts(saved, gradient, ask)
+        return rows.square().sum(1) if ask.output_diagonal else rows.mT @ rows
+
+    def gradient_parts(self, saved: Saved, gradient: Tensor, ask: Ask) -> Iterator[Tensor]:
         rows = gradient.reshape(*self.counts(gradient.shape), self.features_out)
-        rows = rows.flatten(0, 1) if ask.approx == "expand" else rows.sum(1)
-        return (rows.square().sum(0) if ask.output_diagonal else rows.mT @ rows)[None]
+        yield (rows.flatten(0, 1) if ask.approx == "expand" else rows.sum(1))[None]
 
     def to_matrix(self, weight: Tensor) -> Tensor:
         return weight.mT[None]
@@ -76,6 +79,13 @@ class EmbeddingLayer(LookUpLayer):
     def counts(self, gradient: torch.Size) -> tuple[int, int]:
         samples, *shared = gradient[:-1] or (1,)
         return samples, prod(shared)
+
+    def thinned(
+        self, saved: Saved, gradient: Tensor, start: int, every: int
+    ) -> tuple[Saved, Tensor]:
+        if not saved[0].dim():
+            return saved, gradient
+        return (saved[0][start::every],), gradient[start::every]
 
     def look_ups(self, saved: Saved, ask: Ask) -> tuple[Tensor, Tensor | None, Tensor | float]:
         indices = saved[0] if saved[0].dim() else saved[0][None]

@@ -27,6 +27,7 @@ class NormLayer(Layer):
     """A normalisation whose affine parameters have the shape `channels`."""
 
     bias_is: ClassVar[str] = "row"
+    structured: ClassVar[bool] = False
     curvature: ClassVar[str] = "diagonal"
 
     channels: tuple[int, ...]

@@ -23,11 +23,12 @@ from tn_kfac.curvature import (
     Recipe,
     Refusal,
     find_sites,
+    forget_compiled,
     untold,
 )
 from tn_kfac.curvature.fisher import measure_fisher
 from tn_kfac.optim import checkpoint, checks
-from tn_kfac.optim.binding import Binding, bind
+from tn_kfac.optim.binding import Binding, bind, check_patterns
 from tn_kfac.optim.groups import (
     COMMON_KEYS,
     Group,
@@ -42,6 +43,7 @@ from tn_kfac.optim.groups import (
 from tn_kfac.optim.measured import check_measured, measured_apart
 from tn_kfac.optim.rules import FALLBACKS, sgd
 from tn_kfac.optim.scaling import found_inf, unscale
+from tn_kfac.optim.updates import kl_clipped, lengthened, smoothed
 
 
 class KroneckerOptimizer(Optimizer, ABC):
@@ -77,6 +79,7 @@ class KroneckerOptimizer(Optimizer, ABC):
         self._ready = False
         self._dropped: set[Tensor] = set()
         sites, refused = find_sites(model, norms)
+        check_patterns(self._options["structure"], [site.name for site in sites])
         self._sites = {p: site for site in sites for p in site.parameters}
         groups = as_groups(model.parameters() if params is None else params)
         super().__init__(groups, {key: options[key] for key in COMMON_KEYS})
@@ -100,14 +103,27 @@ class KroneckerOptimizer(Optimizer, ABC):
         """Update a layer's factors, in its state, from new curvature."""
 
     @abstractmethod
-    def _precondition(self, state: dict[str, Any], matrix: Tensor, recipe: Recipe) -> Tensor:
+    def _precondition(
+        self, state: dict[str, Any], matrix: Tensor, recipe: Recipe, group: Group
+    ) -> Tensor:
         """The preconditioned joint gradient, (groups, d_out, d_in [+1])."""
+
+    def _basis(self, state: dict[str, Any]) -> tuple[Tensor, Tensor] | None:
+        """K and C of a layer's state, if structures that read rows are to be projected by them."""
+        return None
+
+    def _check_binding(self, binding: Binding, group: Group) -> None:
+        """Check a layer's options against its structures, before it is hooked.
+
+        Raises:
+            ValueError: If they do not fit.
+        """
 
     def _checked(self, options: Group) -> Group:
         """Options after their checks, with structures and dtypes as pairs."""
         checks.check(options, checks.COMMON | self.option_checks)
         return options | {
-            "structure": checks.structure_pair(options["structure"]),
+            "structure": checks.structures(options["structure"]),
             "preconditioner_dtype": checks.dtype_pair(options["preconditioner_dtype"]),
         }
 
@@ -157,9 +173,12 @@ class KroneckerOptimizer(Optimizer, ABC):
         where = {p: group for group in self.param_groups for p in group["params"]}
         new = bind(self._sites, where, self._bindings, self.rule, tuple(self.option_checks))
         for binding in new:
+            self._check_binding(binding, where[binding.parameters[0]])
+        for binding in new:
             self._handles += binding.attach()
         self._bindings += new
         self._scope.taps += [binding.tap for binding in new]
+        forget_compiled()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear gradients, and with them the curvature they came with."""
@@ -230,39 +249,58 @@ class KroneckerOptimizer(Optimizer, ABC):
 
     def _is_due(self, binding: Binding, group: Group) -> bool:
         """Whether the next step updates the factors of a layer."""
-        step: int = self.state[binding.parameters[0]].get("step", 0)
-        return step % group["T"] == 0
+        state = self.state[binding.parameters[0]]
+        T: int | Callable[[int], int] = group["T"]
+        step: int = state.get("step", 0)
+        return step % T == 0 if isinstance(T, int) else step >= state.get("due", 0)
 
     def _layer_directions(
         self, binding: Binding, group: Group, scale: Tensor | None
     ) -> dict[Tensor, Tensor]:
-        """Preconditioned gradients of one layer's parameters, after a factor update."""
-        matrix = binding.gradient_matrix()
+        """Directions of one layer's parameters, after an update of its factors if that is due."""
+        matrix = binding.gradient_matrix(lambda p, g: self._smoothed(p, g, group))
         if matrix is None:
             return {}
         state, recipe = self.state[binding.parameters[0]], binding.tap.recipe
         if "step" not in state:
             state |= {"step": 0} | self._new_state(recipe, binding.dtypes, matrix.device)
-        factors = binding.tap.factors() if self._is_due(binding, group) else None
+        due = self._is_due(binding, group)
+        factors = binding.tap.factors() if due else None
         if factors is not None:
             if scale is not None and recipe.fisher == "empirical":
                 factors = Factors(factors.A, factors.G / scale**2)
             self._update_factors(state, factors, recipe, group)
-        state["step"] += 1
-        binding.tap.enabled = self._is_due(binding, group)
-        return binding.directions(self._precondition(state, matrix, recipe))
+        T: int | Callable[[int], int] = group["T"]
+        if factors is not None and not isinstance(T, int):
+            state["due"] = state["step"] + max(1, T(state["step"]))
+        waits = state["step"] < group["warmup"]
+        direction = matrix if waits else self._precondition(state, matrix, recipe, group)
+        state["step"] += not due or factors is not None  # what is due stays due
+        self._tell(binding, group)
+        return binding.directions(lengthened(direction, matrix, state, group))
+
+    def _tell(self, binding: Binding, group: Group) -> None:
+        """Tell a layer's tap what the next backward pass measures."""
+        state, tap = self.state[binding.parameters[0]], binding.tap
+        tap.enabled = self._is_due(binding, group)
+        tap.basis = self._basis(state) if "step" in state else None
+        tap.turn = state.get("step", 0)
+
+    def _smoothed(self, parameter: Tensor, gradient: Tensor, group: Group) -> Tensor:
+        """The gradient, or its momentum where that is preconditioned."""
+        if group["precondition"] == "gradient":
+            return gradient
+        return smoothed(gradient, self.state[parameter], group)
 
     def _write(self, group: Group, directions: dict[Tensor, Tensor]) -> None:
         """Step the parameters of a group along directions, or along gradients."""
-        factored = group["rule"] == self.rule
-        along = {
-            p: directions.get(p) if factored else p.grad
-            for p in group["params"]
-            if p.grad is not None
-        }
-        along = {p: d for p, d in along.items() if d is not None}
+        if group["rule"] == self.rule:
+            along = {p: directions[p] for p in group["params"] if p in directions}
+            along = kl_clipped(along, group)
+        else:
+            along = {p: p.grad for p in group["params"] if p.grad is not None}
         if along:
-            rule = sgd if factored else FALLBACKS[group["rule"]]
+            rule = sgd if group["rule"] == self.rule else FALLBACKS[group["rule"]]
             rule(list(along), list(along.values()), [self.state[p] for p in along], group)
 
     def state_dict(self) -> dict[str, Any]:
@@ -288,8 +326,7 @@ class KroneckerOptimizer(Optimizer, ABC):
             group |= {key: value for key, value in kept.items() if group.get(key) is None}
         groups = {p: group for group in self.param_groups for p in group["params"]}
         for binding in self._bindings:
-            owner = binding.parameters[0]
-            binding.tap.enabled = self._is_due(binding, groups[owner])
+            self._tell(binding, groups[binding.parameters[0]])
 
     def _expected_shapes(self) -> dict[Tensor, dict[str, torch.Size]]:
         """Shapes of the factors of each layer, by the parameter that owns them."""
@@ -305,6 +342,7 @@ class KroneckerOptimizer(Optimizer, ABC):
     def close(self) -> None:
         """Remove every hook from the model; the optimizer must not be used afterwards."""
         _remove(self._handles)
+        forget_compiled()
 
     def __getstate__(self) -> dict[str, Any]:
         """Refused: a copy would not be hooked to a model."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch.nn import Parameter
 from torch.utils.hooks import RemovableHandle
 
 from tn_kfac.curvature import LayerTap, Recipe, Site
+from tn_kfac.optim.checks import fraction, structures_of
 from tn_kfac.structures import structure
 
 
@@ -31,17 +33,23 @@ class Binding:
         return tuple(p for p in (self.weight, self.bias) if p is not None)
 
     def attach(self) -> list[RemovableHandle]:
-        """Hook the modules."""
+        """Hook the modules. The probes are made now: a compiled model cannot."""
+        self.tap.probes_on(self.parameters[0].device)
         return self.site.attach(self.tap)
 
-    def gradient_matrix(self) -> Tensor | None:
+    def gradient_matrix(self, smooth: Callable[[Parameter, Tensor], Tensor]) -> Tensor | None:
         """The joint gradient (groups, d_out, d_in [+1]); None if no parameter has one.
 
-        A parameter without a gradient counts as one with gradient zero.
+        A parameter without a gradient counts as one with gradient zero; the others go
+        through `smooth`.
         """
         if all(p.grad is None for p in self.parameters):
             return None
-        weight, bias = (None if p is None else _gradient(p) for p in (self.weight, self.bias))
+        pair = (self.weight, self.bias)
+        weight, bias = (
+            None if p is None else torch.zeros_like(p) if p.grad is None else smooth(p, p.grad)
+            for p in pair
+        )
         return self.site.layer.joined(weight, bias)
 
     def directions(self, matrix: Tensor) -> dict[Tensor, Tensor]:
@@ -54,10 +62,6 @@ class Binding:
             for p, d in parts
             if d is not None and p is not None and p.grad is not None
         }
-
-
-def _gradient(parameter: Parameter) -> Tensor:
-    return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
 
 
 def bind(
@@ -94,6 +98,20 @@ def bind(
     return fresh
 
 
+def check_patterns(chosen: Any, names: Iterable[str]) -> None:
+    """Check that each pattern of a mapping of structures is that of a layer.
+
+    Raises:
+        ValueError: If one fits no layer.
+    """
+    names = list(names)
+    for pattern in chosen if isinstance(chosen, dict) else ():
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise ValueError(
+                f"structure has the pattern {pattern!r}, which fits no layer: layers are {names}"
+            )
+
+
 def _check_agreement(site: Site, groups: list[dict[str, Any]], options: Iterable[str]) -> None:
     for key in options:
         if any(group[key] != groups[0][key] for group in groups):
@@ -106,7 +124,7 @@ def _check_agreement(site: Site, groups: list[dict[str, Any]], options: Iterable
 def _binding(site: Site, trained: list[Parameter], group: dict[str, Any]) -> Binding:
     weight = site.weight if any(p is site.weight for p in trained) else None
     bias = site.bias if any(p is site.bias for p in trained) else None
-    input_structure, output_structure = map(structure, group["structure"])
+    input_structure, output_structure = map(structure, structures_of(site.name, group["structure"]))
     recipe = Recipe(
         site.layer,
         weight is not None,
@@ -115,8 +133,10 @@ def _binding(site: Site, trained: list[Parameter], group: dict[str, Any]) -> Bin
         group["loss_average"],
         (input_structure, output_structure),
         group["fisher"],
+        fraction("curvature_fraction", group["curvature_fraction"]),
     )
     default = torch.promote_types(trained[0].dtype, torch.float32)
     dtypes = [dtype or default for dtype in group["preconditioner_dtype"]]
     tap = LayerTap(recipe, torch.promote_types(torch.promote_types(*dtypes), torch.float32))
+    tap.trained = tuple(trained)
     return Binding(site, tap, weight, bias, (dtypes[0], dtypes[1]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from fnmatch import fnmatchcase
 from numbers import Real
 from typing import Any
 
@@ -37,6 +38,38 @@ def interval(name: str, value: object) -> None:
         raise ValueError(f"{name} must be at least 1, got {value}")
 
 
+def intervals(name: str, value: object) -> None:
+    """A positive integer, or a callable of the step that returns one."""
+    if not callable(value):
+        interval(name, value)
+
+
+def count(name: str, value: object) -> None:
+    """An integer of at least 0."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an integer, got {value!r}")
+    if value < 0:
+        raise ValueError(f"{name} must be at least 0, got {value}")
+
+
+def optional(name: str, value: object) -> None:
+    """None, or a positive number."""
+    if value is None:
+        return
+    number(name, value)
+    if not value:
+        raise ValueError(f"{name} must be positive, got {value!r}: None switches it off")
+
+
+def fraction(name: str, value: Any) -> int:
+    """1 / n for an integer n, which is returned."""
+    number(name, value)
+    every = round(1 / value) if value else 0
+    if every < 1 or abs(value * every - 1) > 1e-6:
+        raise ValueError(f"{name} must be 1, 1/2, 1/3 and so on, got {value!r}")
+    return every
+
+
 def flag(name: str, value: object) -> None:
     """True or False."""
     if not isinstance(value, bool):
@@ -58,10 +91,46 @@ def pair(name: str, value: Any) -> tuple[Any, Any]:
     return value, value
 
 
-def structure_pair(value: Any) -> tuple[str, str]:
-    """The names of the structures for the input and the output factor."""
-    first, second = (structure(spec).name for spec in pair("structure", value))
-    return first, second
+StructurePair = tuple[str, str]
+
+
+def structures(value: Any) -> StructurePair | dict[str, StructurePair]:
+    """The names of the structures for the input and the output factor.
+
+    Of every layer; or by patterns of layer names, as in {"head": "dense", "*": "diagonal"}.
+
+    Raises:
+        ValueError: If a structure is unknown, or the mapping is empty.
+        TypeError: If a structure or a pattern has the wrong type.
+    """
+    if not isinstance(value, Mapping):
+        first, second = (structure(spec).name for spec in pair("structure", value))
+        return first, second
+    if not value:
+        raise ValueError("structure={} names no structure: give a pattern, as in {'*': 'diagonal'}")
+    for pattern in value:
+        if not isinstance(pattern, str):
+            raise TypeError(f"structure must have layer names as keys, got {pattern!r}")
+    found = {pattern: structures(spec) for pattern, spec in value.items()}
+    if any(isinstance(spec, dict) for spec in found.values()):
+        raise TypeError(f"structure={value!r}: a pattern's structure cannot be a mapping")
+    return found  # type: ignore[return-value]
+
+
+def structures_of(name: str, chosen: StructurePair | dict[str, StructurePair]) -> StructurePair:
+    """Those of the layer of the given name: of the first pattern that fits it.
+
+    Raises:
+        ValueError: If none fits.
+    """
+    if not isinstance(chosen, dict):
+        return chosen
+    for pattern, found in chosen.items():
+        if fnmatchcase(name, pattern):
+            return found
+    raise ValueError(
+        f"structure has no pattern for the layer {name!r}: add one, or '*' for all others"
+    )
 
 
 def dtype_pair(value: Any) -> tuple[torch.dtype | None, torch.dtype | None]:
@@ -75,12 +144,14 @@ def dtype_pair(value: Any) -> tuple[torch.dtype | None, torch.dtype | None]:
     return dtypes
 
 
-Check = Callable[[str, object], None]
+Check = Callable[[str, Any], object]
 
 COMMON: dict[str, Check] = {
     "lr": number,
     "momentum": lambda name, value: number(name, value, below=1.0),
     "weight_decay": number,
+    "nesterov": flag,
+    "decoupled_weight_decay": flag,
     "fallback": lambda name, value: one_of(name, value, (*FALLBACKS, None)),
     "fallback_lr": lambda name, value: None if value is None else number(name, value),
     "fallback_weight_decay": lambda name, value: None if value is None else number(name, value),

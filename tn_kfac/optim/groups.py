@@ -16,7 +16,7 @@ from torch.nn import Parameter
 from tn_kfac.curvature import Site
 from tn_kfac.optim.rules import FALLBACK_EXTRAS
 
-COMMON_KEYS = ("lr", "momentum", "weight_decay")
+COMMON_KEYS = ("lr", "momentum", "weight_decay", "nesterov", "decoupled_weight_decay")
 Group = dict[str, Any]
 
 

@@ -19,7 +19,7 @@ def measured_apart(bindings: Iterable[Binding]) -> list[list[LayerTap]]:
     return list(kinds.values())
 
 
-def check_measured(bindings: Iterable[Binding], is_due: Callable[[Binding], bool]) -> None:
+def check_measured(bindings: list[Binding], is_due: Callable[[Binding], bool]) -> None:
     """Check that no layer whose factors are due waits for curvature in vain.
 
     Warns if it should have come with the gradients of the loss.
@@ -32,6 +32,8 @@ def check_measured(bindings: Iterable[Binding], is_due: Callable[[Binding], bool
     ]
     if not waiting or any(tap.factors() is not None for tap in waiting):
         return
+    if not any(p.grad.any() for b in bindings for p in b.parameters if p.grad is not None):
+        return  # torch.distributed.checkpoint makes states by a step along zero gradients
     apart = [tap.recipe.fisher for tap in waiting if tap.recipe.fisher not in OF_THE_LOSS]
     if apart:
         raise RuntimeError(

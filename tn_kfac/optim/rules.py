@@ -24,21 +24,33 @@ def sgd(
     states: Sequence[State],
     group: dict[str, Any],
 ) -> None:
-    """b ← momentum · b + direction + weight_decay · p;  p ← p − lr · b."""
-    buffers = [state.get("momentum_buffer") for state in states]
+    """b ← momentum · b + direction + weight_decay · p;  p ← p − lr · b.
+
+    With `nesterov`, p follows direction + momentum · b. Decoupled weight decay is no part of b:
+    p ← (1 − lr · weight_decay) p first. Where the momentum is preconditioned, directions
+    have it already; where AdamW is grafted, b is an average, as its first moment is.
+    """
+    ready = group.get("precondition") == "momentum"
+    momentum = 0.0 if ready else group["momentum"]
+    coupled = 0.0 if group["decoupled_weight_decay"] else group["weight_decay"]
+    if group["weight_decay"] and not coupled:
+        shrunk = 1 - group["lr"] * group["weight_decay"]
+        for p in params:
+            p.mul_(shrunk)
+    buffers = [None if ready else state.get("momentum_buffer") for state in states]
     torch_sgd(
         list(params),
         list(directions),
         buffers,
         has_sparse_grad=any(d.is_sparse for d in directions),
-        weight_decay=group["weight_decay"],
-        momentum=group["momentum"],
+        weight_decay=coupled,
+        momentum=momentum,
         lr=group["lr"],
-        dampening=0.0,
-        nesterov=False,
+        dampening=momentum if group.get("graft") == "adamw" and not group["nesterov"] else 0.0,
+        nesterov=bool(group["nesterov"] and momentum),
         maximize=False,
     )
-    if group["momentum"]:
+    if momentum:
         for state, buffer in zip(states, buffers, strict=True):
             state["momentum_buffer"] = buffer
 

@@ -6,10 +6,12 @@ torch's scaler hands its scale and what it found to an optimizer that declares
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor
+from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
 
@@ -21,24 +23,38 @@ def unscale(optimizer: Optimizer, needed: bool) -> Tensor | None:
         needed: Whether curvature came with the scaled gradients.
 
     Raises:
-        RuntimeError: If the scale is needed, but the gradients are unscaled already.
+        RuntimeError: If the scale is needed and gradients are unscaled already, but no scaler
+            of torch's calls this step.
     """
     if getattr(optimizer, "found_inf", None) is None:
         return None
     scale: Tensor | None = getattr(optimizer, "grad_scale", None)
     if scale is not None:
-        for p in _parameters(optimizer.param_groups):
-            if p.grad is not None:
-                p.grad.div_(scale)
-    elif needed:
+        grads = [p.grad for p in _parameters(optimizer.param_groups) if p.grad is not None]
+        for grad in grads:
+            grad.div_(scale)
+        return scale
+    scaler = _calling_scaler() if needed else None
+    if needed and scaler is None:
         for name in ("found_inf", "grad_scale"):  # the scaler would, had we returned
             delattr(optimizer, name)
         raise RuntimeError(
-            "scaler.unscale_(optimizer) hides the loss scale, which the curvature needs too: "
-            "drop that call (and clip with a scaled threshold), use bfloat16 autocast, which "
-            "needs no GradScaler, or another Fisher than the empirical one"
+            "the gradients are unscaled already, and the scaler that calls step is none of "
+            "torch.amp.GradScaler: the curvature needs its scale too. Drop unscale_, use bfloat16 "
+            "autocast, which needs no scaler, or another Fisher than the empirical one"
         )
-    return scale
+    return None if scaler is None else scaler._get_scale_async()
+
+
+def _calling_scaler() -> GradScaler | None:
+    """The scaler whose `step` calls ours: after `unscale_` it no longer hands over its scale."""
+    frame = inspect.currentframe()
+    while frame is not None:
+        caller = frame.f_locals.get("self")
+        if isinstance(caller, GradScaler):
+            return caller
+        frame = frame.f_back
+    return None
 
 
 def _parameters(groups: Iterable[dict[str, Any]]) -> Iterable[Tensor]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, ClassVar, Literal, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -12,61 +12,25 @@ from tn_kfac.curvature import Factors, Recipe
 from tn_kfac.curvature.statistics import Fisher
 from tn_kfac.optim import checks
 from tn_kfac.optim.base import KroneckerOptimizer
+from tn_kfac.optim.binding import Binding
+from tn_kfac.optim.factor_update import (
+    Steps,
+    initial_factors,
+    measured,
+    riemannian_gradient,
+    update_factor,
+)
 from tn_kfac.optim.groups import Group
-from tn_kfac.structures import Structure
+from tn_kfac.structures import Spec
 
-StructureLike = str | Structure
-
-
-class Curvature(NamedTuple):
-    """One side's projected curvature H = Π(Kᵀ A K), factor K and Π(KᵀK) of dimension d."""
-
-    H: Tensor
-    K: Tensor
-    KtK: Tensor
-    dim: int
-    space: Structure
-
-    def mean_trace(self, matrix: Tensor) -> Tensor:
-        """tr(matrix) / d, one number per channel group."""
-        return self.space.trace(matrix) / self.dim
-
-
-def _measured(space: Structure, K: Tensor, statistic: Tensor, dim: int) -> Curvature:
-    return Curvature(space.congruence(K, statistic), K, space.gram(K), dim, space)
-
-
-def _riemannian_gradient(own: Curvature, other: Curvature, damping: float, ikfac: bool) -> Tensor:
-    """½ (τ(H_other) H_own + λ τ(Π KᵀK of the other) Π KᵀK − I); IKFAC sets both traces to 1."""
-    H, damped = own.H, own.KtK * damping
-    if not ikfac:
-        H = own.space.scale(H, other.mean_trace(other.H))
-        damped = own.space.scale(damped, other.mean_trace(other.KtK))
-    return own.space.add_to_diagonal_(H + damped, -1.0) * 0.5
-
-
-def update_factor(
-    own: Curvature, momentum: Tensor | None, gradient: Tensor, alpha: float, beta: float,
-    normalised: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(K, m): m ← α m + gradient, K ← K − β K m.
-
-    https://arxiv.org/abs/2312.05705, Figure 4. With `normalised`, the gradient carries a
-    factor 1 − α and β is divided by max(1, max|m|).
-    """
-    if normalised:
-        gradient = gradient * (1.0 - alpha)
-    m = gradient if momentum is None else gradient + momentum * alpha
-    step = own.space.product(own.K, m)
-    if normalised:
-        step = own.space.scale(step, own.space.largest(m).clamp(min=1.0).reciprocal())
-    return own.K - step * beta, m
+StructureLike = str | Spec
+Structures = StructureLike | tuple[StructureLike, StructureLike]
 
 
 def _given(
-    structure: StructureLike | tuple[StructureLike, StructureLike] | None,
+    structure: Structures | Mapping[str, Structures] | None,
     structures: tuple[StructureLike, StructureLike] | None,
-) -> StructureLike | tuple[StructureLike, StructureLike]:
+) -> Structures | Mapping[str, Structures]:
     """The structure under either of its names, diagonal if there is none.
 
     Raises:
@@ -137,15 +101,24 @@ class SINGD(KroneckerOptimizer):
     option_checks: ClassVar[dict[str, checks.Check]] = {
         "damping": checks.number,
         "alpha1": lambda name, value: checks.number(name, value, below=1.0),
-        "T": checks.interval,
+        "T": checks.intervals,
         "lr_cov": checks.schedule,
         "loss_average": lambda n, v: checks.one_of(n, v, (None, "batch", "batch+sequence")),
-        "structure": lambda name, value: checks.structure_pair(value) and None,
+        "structure": lambda name, value: checks.structures(value),
         "kfac_approx": lambda n, v: checks.one_of(n, v, ("expand", "reduce")),
         "fisher": lambda n, v: checks.one_of(n, v, ("empirical", "mc", "type-2", "forward-only")),
         "kfac_like": checks.flag,
         "normalize_lr_cov": checks.flag,
-        "preconditioner_dtype": lambda name, value: checks.dtype_pair(value) and None,
+        "preconditioner_dtype": lambda name, value: checks.dtype_pair(value),
+        "init": lambda n, v: checks.one_of(n, v, ("identity", "curvature")),
+        "exponent": lambda n, v: checks.one_of(n, v, (1, 0.5)),
+        "factor_clip": checks.optional,
+        "precondition": lambda n, v: checks.one_of(n, v, ("gradient", "momentum")),
+        "graft": lambda n, v: checks.one_of(n, v, (None, "sgd", "adamw")),
+        "update_rms": checks.optional,
+        "kl_clip": checks.optional,
+        "curvature_fraction": checks.fraction,
+        "warmup": checks.count,
     }
 
     def __init__(
@@ -157,10 +130,10 @@ class SINGD(KroneckerOptimizer):
         damping: float = 1e-3,
         alpha1: float = 0.5,
         weight_decay: float = 0.0,
-        T: int = 10,
+        T: int | Callable[[int], int] = 10,
         loss_average: Literal["batch", "batch+sequence"] | None = "batch",
         lr_cov: float | Callable[[int], float] = 1e-2,
-        structure: StructureLike | tuple[StructureLike, StructureLike] | None = None,
+        structure: Structures | Mapping[str, Structures] | None = None,
         kfac_approx: Literal["expand", "reduce"] = "expand",
         warn_unsupported: bool = True,
         kfac_like: bool = False,
@@ -171,6 +144,17 @@ class SINGD(KroneckerOptimizer):
         fisher: Fisher = "empirical",
         norms: bool = False,
         structures: tuple[StructureLike, StructureLike] | None = None,
+        nesterov: bool = False,
+        decoupled_weight_decay: bool = False,
+        precondition: Literal["gradient", "momentum"] = "gradient",
+        exponent: float = 1,
+        graft: Literal["sgd", "adamw"] | None = None,
+        update_rms: float | None = None,
+        kl_clip: float | None = None,
+        warmup: int = 0,
+        init: Literal["identity", "curvature"] = "identity",
+        factor_clip: float | None = 0.5,
+        curvature_fraction: float = 1,
         fallback: Literal["sgd", "adamw"] | None = "sgd",
         fallback_lr: float | None = None,
         fallback_weight_decay: float | None = None,
@@ -191,6 +175,17 @@ class SINGD(KroneckerOptimizer):
             "kfac_like": kfac_like,
             "preconditioner_dtype": preconditioner_dtype,
             "normalize_lr_cov": normalize_lr_cov,
+            "nesterov": nesterov,
+            "decoupled_weight_decay": decoupled_weight_decay,
+            "precondition": precondition,
+            "exponent": exponent,
+            "graft": graft,
+            "update_rms": update_rms,
+            "kl_clip": kl_clip,
+            "warmup": warmup,
+            "init": init,
+            "factor_clip": factor_clip,
+            "curvature_fraction": curvature_fraction,
             "fallback": fallback,
             "fallback_lr": fallback_lr,
             "fallback_weight_decay": fallback_weight_decay,
@@ -205,32 +200,67 @@ class SINGD(KroneckerOptimizer):
         C = recipe.output_structure.eye(groups, recipe.dim_out, dtypes[1], device)
         return {"K": K, "C": C, "m_K": torch.zeros_like(K), "m_C": torch.zeros_like(C)}
 
+    def _basis(self, state: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        return state["K"], state["C"]
+
+    def _checked(self, options: Group) -> Group:
+        options = super()._checked(options)
+        if options["graft"] is not None and options["update_rms"] is not None:
+            raise ValueError(
+                f"graft={options['graft']!r} and update_rms={options['update_rms']} both set the "
+                "length of an update: give one"
+            )
+        return options
+
+    def _check_binding(self, binding: Binding, group: Group) -> None:
+        recipe = binding.tap.recipe
+        spaces = (recipe.input_structure, recipe.output_structure)
+        if group["exponent"] != 1 and any(space.reads != "diagonal" for space in spaces):
+            names = tuple(space.name for space in spaces)
+            raise ValueError(
+                f"exponent={group['exponent']} needs diagonal factors, layer "
+                f"{binding.site.name!r} has {names}: choose structure='diagonal' or exponent=1"
+            )
+
     def _update_factors(
         self, state: dict[str, Any], factors: Factors, recipe: Recipe, group: Group
     ) -> None:
         K, C = state["K"], state["C"]
         A, G = factors.A.to(K.dtype), factors.G.to(C.dtype)
         sides = {
-            "K": _measured(recipe.input_structure, K, A, recipe.dim_in),
-            "C": _measured(recipe.output_structure, C, G, recipe.dim_out),
+            "K": measured(recipe.input_structure, K, A, recipe.dim_in),
+            "C": measured(recipe.output_structure, C, G, recipe.dim_out),
         }
         ikfac = group["kfac_like"]
-        alpha = 0.0 if ikfac else group["alpha1"]
+        if group["init"] == "curvature" and not state.get("started"):
+            state["started"] = True
+            for factor, start in zip(
+                (K, C),
+                initial_factors(sides["K"], sides["C"], group["damping"], ikfac),
+                strict=True,
+            ):
+                factor.copy_(start)
+            return
         lr_cov: float | Callable[[int], float] = group["lr_cov"]
         beta = lr_cov(state["step"]) if callable(lr_cov) else lr_cov
+        alpha = 0.0 if ikfac else group["alpha1"]
+        steps = Steps(alpha, beta, group["normalize_lr_cov"], group["factor_clip"])
         for name, other in (("K", "C"), ("C", "K")):
             own = sides[name]
-            gradient = _riemannian_gradient(own, sides[other], group["damping"], ikfac)
-            state[name], m = update_factor(
-                own, state.get(f"m_{name}"), gradient, alpha, beta, group["normalize_lr_cov"]
-            )
+            gradient = riemannian_gradient(own, sides[other], group["damping"], ikfac)
+            factor, m = update_factor(own, state.get(f"m_{name}"), gradient, steps)
+            state[name].copy_(factor)
             if alpha:
-                state[f"m_{name}"] = m
+                state[f"m_{name}"].copy_(m)
 
-    def _precondition(self, state: dict[str, Any], matrix: Tensor, recipe: Recipe) -> Tensor:
-        """C Cᵀ · matrix · K Kᵀ."""
+    def _precondition(
+        self, state: dict[str, Any], matrix: Tensor, recipe: Recipe, group: Group
+    ) -> Tensor:
+        """C Cᵀ · matrix · K Kᵀ, or |C| · matrix · |K| for exponent 1/2."""
         K, C = state["K"], state["C"]
         ins, outs = recipe.input_structure, recipe.output_structure
         columns = matrix.mT.to(K.dtype)
+        if group["exponent"] != 1:
+            return outs.apply(C.abs(), ins.apply(K.abs(), columns).mT.to(C.dtype))
         matrix = ins.apply(K, ins.apply_transposed(K, columns)).mT.to(C.dtype)
         return outs.apply(C, outs.apply_transposed(C, matrix))

@@ -5,40 +5,51 @@ coordinates*, shape (*batch, *coordinates). Because coordinates are linear, addi
 scaling and reducing across machines are the tensor's own operations. Leading batch
 dimensions are independent matrices (channel groups of a layer).
 
-The space is closed under products, and Π projects a symmetric matrix onto it
-(https://arxiv.org/abs/2312.05705, Table 1).
+The space is closed under products, and Π projects a symmetric matrix onto it: entries
+that are stored for (i, j) alone carry those of (j, i) too, so that tr(Π(S) X) = tr(S X)
+for symmetric matrices X = M + Mᵀ of the space's M (https://arxiv.org/abs/2312.05705, Table 1).
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
+Reads = Literal["diagonal", "gram", "rows"]
 
-class Structure(ABC):
-    """A space of structured d×d matrices. Subclasses are frozen dataclasses.
 
-    Attributes:
-        diagonal_suffices: Whether Π(Kᵀ H K) needs only the diagonal of H.
-    """
-
-    diagonal_suffices: ClassVar[bool]
+class Spec(ABC):
+    """What users choose: a structure, or how to find one for a factor's size."""
 
     @property
     @abstractmethod
     def name(self) -> str:
-        """The string that names this structure, as users write it."""
+        """The string that names it, as users write it."""
+
+    @abstractmethod
+    def for_dim(self, dim: int) -> Structure:
+        """The structure of a d×d factor."""
+
+
+class Structure(Spec):
+    """A space of structured d×d matrices. Subclasses are frozen dataclasses.
+
+    Attributes:
+        reads: What Π(Kᵀ H K) of a gram H = Σ r rᵀ is formed from: the diagonal of H, the gram
+            itself, or its rows r, which are projected one by one and H is never formed.
+    """
+
+    reads: ClassVar[Reads] = "rows"
+
+    def for_dim(self, dim: int) -> Structure:
+        return self
 
     @abstractmethod
     def coordinate_shape(self, dim: int) -> tuple[int, ...]:
         """Shape of the coordinates of one d×d matrix."""
-
-    @abstractmethod
-    def eye(self, batch: int, dim: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Coordinates of `batch` identities, (batch, *coordinates)."""
 
     @abstractmethod
     def trace(self, matrix: Tensor) -> Tensor:
@@ -57,28 +68,48 @@ class Structure(ABC):
         """matrixᵀ · dense for dense (*batch, d, m)."""
 
     @abstractmethod
-    def congruence(self, matrix: Tensor, symmetric: Tensor) -> Tensor:
-        """Π(matrixᵀ · symmetric · matrix), for a symmetric matrix of the space."""
-
-    @abstractmethod
     def gram(self, matrix: Tensor) -> Tensor:
         """Π(matrixᵀ · matrix)."""
+
+    @abstractmethod
+    def project_gram(self, rows: Tensor) -> Tensor:
+        """Π(rowsᵀ · rows) for rows (*batch, m, d)."""
 
     @abstractmethod
     def add_to_diagonal_(self, matrix: Tensor, value: float) -> Tensor:
         """matrix + value · I, in place."""
 
     @abstractmethod
-    def border(self, block: Tensor, column: Tensor | None, corner: Tensor) -> Tensor:
-        """Coordinates of [[block, column], [columnᵀ, corner]].
-
-        Shapes: block (*batch, *coordinates), column (*batch, d), corner (*batch). The
-        column may be None where `diagonal_suffices`.
-        """
-
-    @abstractmethod
     def to_dense(self, matrix: Tensor) -> Tensor:
         """The matrices themselves, (*batch, d, d)."""
+
+    def eye(self, batch: int, dim: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Coordinates of `batch` identities, (batch, *coordinates)."""
+        zeros = torch.zeros(batch, *self.coordinate_shape(dim), dtype=dtype, device=device)
+        return self.add_to_diagonal_(zeros, 1.0)
+
+    def curvature(self, matrix: Tensor, statistic: Tensor) -> Tensor:
+        """Π(matrixᵀ H matrix), from what the capture formed of H.
+
+        That is H, its diagonal, or already this projection (`reads`).
+        """
+        return statistic
+
+    def border(self, block: Tensor, column: Tensor | None, corner: Tensor) -> Tensor:
+        """Coordinates of [[block, column], [columnᵀ, corner]], unless rows are read.
+
+        Shapes: block (*batch, *coordinates), column (*batch, d), corner (*batch). The
+        column may be None where the diagonal is read.
+        """
+        raise AssertionError(f"{self.name}: a bias is one more entry of each row")
+
+    def inverse_root(self, matrix: Tensor) -> Tensor | None:
+        """R of the space with R Rᵀ = matrix⁻¹, for positive matrices of the space.
+
+        None where the space has no such R; entries that are not finite where a matrix is not
+        positive.
+        """
+        return None
 
     def scale(self, matrix: Tensor, factors: Tensor) -> Tensor:
         """Each matrix times its own factor; `factors` has shape (*batch)."""
@@ -87,3 +118,7 @@ class Structure(ABC):
     def largest(self, matrix: Tensor) -> Tensor:
         """The largest absolute coordinate of each matrix, (*batch)."""
         return matrix.abs().flatten(-len(self.coordinate_shape(1))).amax(-1)
+
+    def norm(self, matrix: Tensor) -> Tensor:
+        """The Frobenius norm of each matrix, (*batch)."""
+        return torch.linalg.vector_norm(matrix.flatten(-len(self.coordinate_shape(1))), dim=-1)

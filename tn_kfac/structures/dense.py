@@ -8,14 +8,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from tn_kfac.structures.base import Structure
+from tn_kfac.structures.base import Reads, Structure
 
 
 @dataclass(frozen=True)
 class Dense(Structure):
-    """All d×d matrices; Π is the identity. Product and congruence cost O(d³)."""
+    """All d×d matrices; Π is the identity. Products cost O(d³)."""
 
-    diagonal_suffices: ClassVar[bool] = False
+    reads: ClassVar[Reads] = "gram"
 
     @property
     def name(self) -> str:
@@ -23,9 +23,6 @@ class Dense(Structure):
 
     def coordinate_shape(self, dim: int) -> tuple[int, ...]:
         return (dim, dim)
-
-    def eye(self, batch: int, dim: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        return torch.eye(dim, dtype=dtype, device=device).repeat(batch, 1, 1)
 
     def trace(self, matrix: Tensor) -> Tensor:
         return matrix.diagonal(dim1=-2, dim2=-1).sum(-1)
@@ -39,11 +36,14 @@ class Dense(Structure):
     def apply_transposed(self, matrix: Tensor, dense: Tensor) -> Tensor:
         return matrix.mT @ dense
 
-    def congruence(self, matrix: Tensor, symmetric: Tensor) -> Tensor:
-        return matrix.mT @ symmetric @ matrix
+    def curvature(self, matrix: Tensor, statistic: Tensor) -> Tensor:
+        return matrix.mT @ statistic @ matrix
 
     def gram(self, matrix: Tensor) -> Tensor:
         return matrix.mT @ matrix
+
+    def project_gram(self, rows: Tensor) -> Tensor:
+        return rows.mT @ rows
 
     def add_to_diagonal_(self, matrix: Tensor, value: float) -> Tensor:
         matrix.diagonal(dim1=-2, dim2=-1).add_(value)
@@ -54,5 +54,20 @@ class Dense(Structure):
         right = torch.cat([column, corner[..., None]], dim=-1)[..., None]
         return torch.cat([torch.cat([block, column[..., None, :]], dim=-2), right], dim=-1)
 
+    def inverse_root(self, matrix: Tensor) -> Tensor:
+        return inverse_cholesky(matrix)
+
     def to_dense(self, matrix: Tensor) -> Tensor:
         return matrix
+
+
+def inverse_cholesky(matrix: Tensor) -> Tensor:
+    """R = L⁻ᵀ for matrix = L Lᵀ, so that R Rᵀ = matrix⁻¹; NaN where there is no L.
+
+    Nothing is read on the host.
+    """
+    exact = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
+    lower, info = torch.linalg.cholesky_ex(exact)
+    identity = torch.eye(matrix.shape[-1], dtype=exact.dtype, device=matrix.device)
+    root = torch.linalg.solve_triangular(lower, identity.expand_as(lower), upper=False).mT
+    return torch.where((info == 0)[..., None, None], root, torch.nan).to(matrix.dtype)

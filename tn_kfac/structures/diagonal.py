@@ -8,14 +8,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from tn_kfac.structures.base import Structure
+from tn_kfac.structures.base import Reads, Structure
 
 
 @dataclass(frozen=True)
 class Diagonal(Structure):
     """Diagonal d×d matrices; Π keeps the diagonal. Every operation costs O(d)."""
 
-    diagonal_suffices: ClassVar[bool] = True
+    reads: ClassVar[Reads] = "diagonal"
 
     @property
     def name(self) -> str:
@@ -23,9 +23,6 @@ class Diagonal(Structure):
 
     def coordinate_shape(self, dim: int) -> tuple[int, ...]:
         return (dim,)
-
-    def eye(self, batch: int, dim: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        return torch.ones(batch, dim, dtype=dtype, device=device)
 
     def trace(self, matrix: Tensor) -> Tensor:
         return matrix.sum(-1)
@@ -39,17 +36,23 @@ class Diagonal(Structure):
     def apply_transposed(self, matrix: Tensor, dense: Tensor) -> Tensor:
         return self.apply(matrix, dense)
 
-    def congruence(self, matrix: Tensor, symmetric: Tensor) -> Tensor:
-        return matrix * symmetric * matrix
+    def curvature(self, matrix: Tensor, statistic: Tensor) -> Tensor:
+        return matrix * statistic * matrix
 
     def gram(self, matrix: Tensor) -> Tensor:
         return matrix * matrix
+
+    def project_gram(self, rows: Tensor) -> Tensor:
+        return rows.square().sum(-2)
 
     def add_to_diagonal_(self, matrix: Tensor, value: float) -> Tensor:
         return matrix.add_(value)
 
     def border(self, block: Tensor, column: Tensor | None, corner: Tensor) -> Tensor:
         return torch.cat([block, corner[..., None]], dim=-1)
+
+    def inverse_root(self, matrix: Tensor) -> Tensor:
+        return matrix.rsqrt()
 
     def to_dense(self, matrix: Tensor) -> Tensor:
         return torch.diag_embed(matrix)

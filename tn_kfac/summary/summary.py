@@ -16,7 +16,8 @@ from tn_kfac.curvature import Recipe, Refusal, Site, find_sites
 from tn_kfac.layers import Layer, layer_of
 from tn_kfac.layers.describe import describe
 from tn_kfac.optim import checks
-from tn_kfac.structures import Structure
+from tn_kfac.optim.binding import check_patterns
+from tn_kfac.optim.singd import Structures
 from tn_kfac.structures import structure as structure_of
 from tn_kfac.summary.example import Calls, Example, Trace, trace
 from tn_kfac.summary.table import Table, amount, merged, percent, skeleton
@@ -147,7 +148,7 @@ def summary(
     model: nn.Module,
     example_input: Example,
     *,
-    structure: str | Structure | tuple[str | Structure, str | Structure] = "diagonal",
+    structure: Structures | Mapping[str, Structures] = "diagonal",
     kfac_approx: Approx = "expand",
     norms: bool = False,
 ) -> Summary:
@@ -173,8 +174,9 @@ def summary(
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     checks.one_of("kfac_approx", kfac_approx, ("expand", "reduce"))
     checks.flag("norms", norms)
-    structures = tuple(map(structure_of, checks.structure_pair(structure)))
+    chosen = checks.structures(structure)
     sites, refused = find_sites(model, norms)
+    check_patterns(chosen, [site.name for site in sites])
     seen = trace(model, {m: site.layer for site in sites for m in site.modules}, example_input)
     served = {p: site for site in sites for p in site.parameters}
     reasons = _reasons(model, refused, norms)
@@ -186,7 +188,8 @@ def summary(
             row = replace(row, reason=_why(name, reasons))
         site = served.get(next(iter(named.values())))
         if site is not None and curvature == site.layer.curvature:
-            recipe = _recipe(site, named.values(), kfac_approx, structures)
+            pair = checks.structures_of(site.name, chosen)
+            recipe = _recipe(site, named.values(), kfac_approx, pair)
             row = replace(row, modules=_names(model, site), **_costs(recipe, site, seen))
         elif seen.used.isdisjoint(named.values()) and curvature != "frozen":
             row = replace(row, lowering="unused")
@@ -230,12 +233,12 @@ def _names(model: nn.Module, site: Site) -> tuple[str, ...]:
 
 
 def _recipe(
-    site: Site, trained: Iterable[Parameter], approx: Approx, structures: tuple[Structure, ...]
+    site: Site, trained: Iterable[Parameter], approx: Approx, structures: tuple[str, str]
 ) -> Recipe:
     """What `SINGD` measures for a site of which some parameters are trained."""
     kept = set(trained)
     has_bias = site.bias is not None and site.bias in kept
-    pair = (structures[0], structures[1])
+    pair = (structure_of(structures[0]), structure_of(structures[1]))
     return Recipe(site.layer, site.weight in kept, has_bias, approx, "batch", pair)
 
 

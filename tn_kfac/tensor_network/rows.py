@@ -60,6 +60,16 @@ class Rows:
             network = network.tie(axis, f"{axis}'")
         return network
 
+    def matrix(self, approx: Approx, mean: bool = False) -> Network:
+        """The rows themselves, [g, rows, f]."""
+        network = self._reduced(approx, mean)
+        kept = self.sample if approx == "reduce" else self.sample + self.shared
+        present = set(network.output_axes)
+        roles = (
+            tuple(a for a in axes if a in present) for axes in (self.group, kept, self.feature)
+        )
+        return network.arranged(*roles)
+
     def total(self, approx: Approx, mean: bool = False) -> Network:
         """The sum of all rows [g, f]: the factor's column for a bias."""
         rows = self._reduced(approx, mean)

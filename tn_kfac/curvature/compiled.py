@@ -1,0 +1,103 @@
+"""The tap in a compiled model: one opaque operator in the backward graph.
+
+The compiler traces the identity and its backward pass, but not what a layer's statistics are
+made of: networks and plans are Python objects. So the backward pass is a custom operator
+that knows the tap by a number, and all its tensors are explicit; no graph breaks.
+"""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from collections.abc import Sequence
+from typing import Any, Protocol
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor
+
+from tn_kfac.curvature.statistics import Recipe
+
+
+class Measures(Protocol):
+    """What the operator needs of a tap."""
+
+    recipe: Recipe
+    dtype: torch.dtype
+    recording: bool
+
+    def forget_discarded(self) -> None:
+        """Drop statistics whose gradients were dropped."""
+        ...
+
+    def measure(
+        self, saved: tuple[Tensor, ...], gradient: Tensor, first_use: bool
+    ) -> tuple[Tensor, ...]:
+        """The statistics of one call."""
+        ...
+
+
+_taps: WeakValueDictionary[int, Measures] = WeakValueDictionary()
+_keys = itertools.count()
+
+
+def register(tap: Measures) -> int:
+    """A number for a tap, by which compiled graphs know it as long as it lives."""
+    key = next(_keys)
+    _taps[key] = tap
+    return key
+
+
+@torch.library.custom_op("tn_kfac::statistics", mutates_args=())
+def statistics(key: int, first: bool, gradient: Tensor, saved: Sequence[Tensor]) -> list[Tensor]:
+    """The statistics of one call of a layer; zeros, where none are wanted."""
+    tap = _taps[key]
+    if not tap.recording:
+        return [gradient.new_zeros(shape, dtype=tap.dtype) for shape in tap.recipe.shapes()]
+    tap.forget_discarded()
+    return [part.clone() for part in tap.measure(tuple(saved), gradient, first)]
+
+
+@statistics.register_fake
+def _(key: int, first: bool, gradient: Tensor, saved: Sequence[Tensor]) -> list[Tensor]:
+    tap = _taps[key]
+    return [gradient.new_empty(shape, dtype=tap.dtype) for shape in tap.recipe.shapes()]
+
+
+class TracedTap(torch.autograd.Function):
+    """Identity on a layer's output, whose backward hands statistics to the probes."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, key: int, first: bool, count: int,
+                *tensors: Tensor) -> Tensor:  # fmt: skip
+        """Return a copy of `output`, which the compiler fuses away; save `count` tensors."""
+        ctx.save_for_backward(*tensors[:count])
+        ctx.key, ctx.first, ctx.rest = key, first, len(tensors) - count
+        return output.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        """Pass the gradient on unchanged, and give each probe its statistic."""
+        (gradient,) = gradients
+        saved = ctx.saved_tensors
+        parts = torch.ops.tn_kfac.statistics(ctx.key, ctx.first, gradient, list(saved))
+        return gradient, None, None, None, *(None for _ in saved), *parts
+
+
+def traced_tap(
+    output: Tensor, key: int, first: bool, saved: tuple[Tensor, ...], probes: tuple[Tensor, ...]
+) -> Tensor:
+    """The output passed through the tap of the given key."""
+    return TracedTap.apply(output, key, first, len(saved), *saved, *probes)
+
+
+def forget_compiled() -> None:
+    """Have models compiled again, now that hooks came or went.
+
+    By default Dynamo does not guard on a module's hooks: a graph without a tap would be used
+    for a model that has taps (also for another model of the same class). From now on it does.
+    """
+    if "torch._dynamo" in sys.modules:
+        dynamo = sys.modules["torch._dynamo"]
+        dynamo.config.skip_nnmodule_hook_guards = False
+        dynamo.reset()

@@ -1,0 +1,76 @@
+"""What happens to a preconditioned gradient before it is written: lengths, and the KL clip.
+
+All of it stays on the device: nothing here reads a value on the host.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, MutableMapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+State = MutableMapping[str, Any]
+Group = dict[str, Any]
+
+GRAFT_BETA, GRAFT_EPS = 0.999, 1e-8
+"""Of AdamW's second moment, whose update's length is taken over."""
+
+
+def lengthened(direction: Tensor, gradient: Tensor, state: State, group: Group) -> Tensor:
+    """A layer's direction with the length that `graft` or `update_rms` asks for.
+
+    Grafting (https://arxiv.org/abs/2002.11803) takes the norm of the update that the grafted
+    rule would make of the layer's gradient; `update_rms` sets the root mean square.
+    """
+    graft, rms = group["graft"], group["update_rms"]
+    if graft is None and rms is None:
+        return direction
+    if graft == "sgd":
+        length = gradient.norm()
+    elif graft == "adamw":
+        length = _adam(gradient, state).norm()
+    else:
+        length = direction.new_full((), rms * direction.numel() ** 0.5)
+    return direction * (length / direction.norm().clamp(min=torch.finfo(direction.dtype).tiny))
+
+
+def _adam(gradient: Tensor, state: State) -> Tensor:
+    """g / (√v̂ + ε): Adam's update without its first moment, which our momentum stands for."""
+    gradient = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
+    if "graft_sq" not in state:
+        state["graft_sq"] = torch.zeros_like(gradient)
+        state["graft_step"] = 0
+    state["graft_step"] += 1
+    second = state["graft_sq"].mul_(GRAFT_BETA)
+    second.addcmul_(gradient, gradient, value=1 - GRAFT_BETA)
+    unbiased = second / (1 - GRAFT_BETA ** state["graft_step"])
+    return gradient / (unbiased.sqrt() + GRAFT_EPS)
+
+
+def kl_clipped(directions: Mapping[Tensor, Tensor], group: Group) -> dict[Tensor, Tensor]:
+    """Directions times min(1, √(κ / |lr² Σ ⟨direction, gradient⟩|)).
+
+    The sum is, for the exact Fisher, twice the step's change of the model's output
+    distribution (https://arxiv.org/abs/1503.05671, Section 6.4, in the form that K-FAC codes use).
+    """
+    if group["kl_clip"] is None or not directions:
+        return dict(directions)
+    products = [(d * p.grad).sum(dtype=torch.float32) for p, d in directions.items()]  # type: ignore[operator]
+    change = torch.stack(products).sum().abs() * group["lr"] ** 2
+    shrink = (group["kl_clip"] / change).sqrt().clamp(max=1.0)
+    return {p: d * shrink.to(d.dtype) for p, d in directions.items()}
+
+
+def smoothed(gradient: Tensor, state: State, group: Group) -> Tensor:
+    """b ← momentum · b + g; the buffer b, or g + momentum · b if `nesterov`."""
+    momentum = group["momentum"]
+    if not momentum:
+        return gradient
+    buffer = state.get("momentum_buffer")
+    if buffer is None:
+        buffer = state["momentum_buffer"] = gradient.detach().clone()
+    else:
+        buffer.mul_(momentum).add_(gradient)
+    return gradient + momentum * buffer if group["nesterov"] else buffer

@@ -1,0 +1,41 @@
+"""The structure that a memory budget allows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tn_kfac.structures.base import Spec, Structure
+from tn_kfac.structures.block_diagonal import BlockDiagonal
+from tn_kfac.structures.dense import Dense
+from tn_kfac.structures.diagonal import Diagonal
+
+LEAST_BLOCK = 8
+
+
+@dataclass(frozen=True)
+class Auto(Spec):
+    """Dense where d² coordinates are within the budget, else the largest blocks that are.
+
+    Where these had fewer than 8 rows, the factor is diagonal.
+
+    Attributes:
+        budget: The most coordinates of a factor.
+    """
+
+    budget: int = 1 << 20
+
+    def __post_init__(self) -> None:
+        if isinstance(self.budget, bool) or not isinstance(self.budget, int):
+            raise TypeError(f"budget of Auto must be an integer, got {self.budget!r}")
+        if self.budget < 1:
+            raise ValueError(f"budget of Auto must be at least 1, got {self.budget}")
+
+    @property
+    def name(self) -> str:
+        return "auto" if self.budget == Auto.budget else f"auto{self.budget}"
+
+    def for_dim(self, dim: int) -> Structure:
+        if dim * dim <= self.budget:
+            return Dense()
+        size = self.budget // dim
+        return BlockDiagonal(size) if size >= LEAST_BLOCK else Diagonal()
