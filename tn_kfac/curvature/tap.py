@@ -92,6 +92,7 @@ class LayerTap:
         latest: Those of the last one, for calls that checkpointing recomputes in backward.
         trained: The parameters whose gradients say whether statistics are still wanted.
         called: Whether the layer was called in that forward pass.
+        traced: Stands for the samples of a forward pass that is being compiled.
         key: By which compiled graphs know the tap.
         basis: K and C, into which structures that read rows project them; None: identities.
         turn: Which samples are measured, if not all are.
@@ -109,6 +110,7 @@ class LayerTap:
         self.latest: Samples | None = None
         self.trained: tuple[Tensor, ...] = ()
         self.called = False
+        self.traced = Samples()
         self.basis: Basis = None
         self.turn = 0
         self._probes: tuple[Tensor, ...] = ()
@@ -222,7 +224,9 @@ class ForwardScope:
         """Begin (or end) a forward pass: no layer has been called yet."""
         for tap in self.taps:
             tap.called = False
-            if not torch.compiler.is_compiling():
+            if torch.compiler.is_compiling():  # counted while tracing
+                tap.scope = tap.traced if tracked else None
+            else:
                 tap.scope = Samples() if tracked else None
                 tap.latest = tap.scope or tap.latest
 
