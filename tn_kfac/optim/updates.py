@@ -57,10 +57,15 @@ def kl_clipped(directions: Mapping[Tensor, Tensor], group: Group) -> dict[Tensor
     """
     if group["kl_clip"] is None or not directions:
         return dict(directions)
-    products = [(d * p.grad).sum(dtype=torch.float32) for p, d in directions.items()]  # type: ignore[operator]
+    products = [_product(d, p.grad) for p, d in directions.items() if p.grad is not None]
     change = torch.stack(products).sum().abs() * group["lr"] ** 2
     shrink = (group["kl_clip"] / change).sqrt().clamp(max=1.0)
     return {p: d * shrink.to(d.dtype) for p, d in directions.items()}
+
+
+def _product(direction: Tensor, gradient: Tensor) -> Tensor:
+    exact = torch.promote_types(direction.dtype, torch.float32)
+    return (direction.to(exact) * gradient).sum()
 
 
 def smoothed(gradient: Tensor, state: State, group: Group) -> Tensor:

@@ -1,0 +1,268 @@
+"""Each option of the update, against the plain rule written out on dense matrices."""
+
+import copy
+import math
+
+import pytest
+import torch
+from optimizers import Mixed, is_identity, loss_of, train
+from torch import Tensor, nn
+
+from tn_kfac import SINGD
+
+OPTIONS = {"lr": 0.05, "T": 1, "lr_cov": 0.1, "fallback": None, "warn_unsupported": False}
+
+
+def net() -> nn.Module:
+    torch.manual_seed(3)
+    layers = [nn.Flatten(), nn.Linear(64, 7), nn.Tanh(), nn.Linear(7, 10, bias=False)]
+    return nn.Sequential(*layers).double()
+
+
+def joint(layer: nn.Linear, of: str = "grad") -> Tensor:
+    """The weight's gradient (or, of="data", the weight), a bias being its last column."""
+    weight = getattr(layer.weight, of)
+    if layer.bias is None:
+        return weight.clone()
+    return torch.cat([weight, getattr(layer.bias, of)[:, None]], 1)
+
+
+def moved(model: nn.Module, optimizer: SINGD, digits, step: int) -> list[dict[str, Tensor]]:
+    """One step; what it did to each linear layer: gradient, direction without lr, K and C."""
+    optimizer.zero_grad()
+    loss_of(model, digits, step).backward()
+    layers = [m for m in model if isinstance(m, nn.Linear)]
+    before = [(joint(layer), joint(layer, "data")) for layer in layers]
+    optimizer.step()
+    found = []
+    for layer, (gradient, old) in zip(layers, before, strict=True):
+        state = optimizer.state[layer.weight]
+        K, C = (state[key][0].clone() for key in ("K", "C"))
+        K, C = (torch.diag(f) if f.dim() == 1 else f for f in (K, C))
+        change = (old - joint(layer, "data")) / optimizer.param_groups[0]["lr"]
+        plain = C @ C.T @ gradient @ K @ K.T
+        found.append({"g": gradient, "d": change, "plain": plain, "K": K, "C": C, "old": old})
+    return found
+
+
+def close(actual: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-12)
+
+
+def steps(digits, count=4, **options):
+    """(step, layer's findings) for a few steps."""
+    model = net()
+    optimizer = SINGD(model, **(OPTIONS | options))
+    for step in range(count):
+        for at, layer in enumerate(moved(model, optimizer, digits, step)):
+            yield step, at, layer
+
+
+@pytest.mark.parametrize("structure", ["diagonal", "dense"])
+@pytest.mark.parametrize("decoupled", [False, True])
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_momentum_and_weight_decay(digits, structure, decoupled, nesterov):
+    buffers = {}
+    options = {"nesterov": nesterov, "decoupled_weight_decay": decoupled, "weight_decay": 0.3}
+    for _, at, found in steps(digits, structure=structure, momentum=0.8, **options):
+        along = found["plain"] + (0 if decoupled else 0.3 * found["old"])
+        buffers[at] = 0.8 * buffers[at] + along if at in buffers else along
+        expected = along + 0.8 * buffers[at] if nesterov else buffers[at]
+        close(found["d"], expected + (0.3 * found["old"] if decoupled else 0))
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_preconditioned_momentum(digits, nesterov):
+    """Momentum is of gradients, and is preconditioned with the newest factors."""
+    buffers = {}
+    options = {"precondition": "momentum", "momentum": 0.7, "nesterov": nesterov}
+    for _, at, found in steps(digits, structure="dense", **options):
+        buffers[at] = 0.7 * buffers[at] + found["g"] if at in buffers else found["g"]
+        smooth = found["g"] + 0.7 * buffers[at] if nesterov else buffers[at]
+        close(found["d"], found["C"] @ found["C"].T @ smooth @ found["K"] @ found["K"].T)
+
+
+@pytest.mark.parametrize("structure", ["diagonal", "dense", "block4diagonal"])
+def test_length_of_sgd(digits, structure):
+    """graft="sgd": the direction is ours, the norm the gradient's."""
+    model = net()
+    optimizer = SINGD(model, **OPTIONS, structure=structure, graft="sgd", momentum=0.0)
+    for step in range(3):
+        optimizer.zero_grad()
+        loss_of(model, digits, step).backward()
+        layers = [m for m in model if isinstance(m, nn.Linear)]
+        before = [(joint(layer).norm(), joint(layer, "data")) for layer in layers]
+        optimizer.step()
+        for layer, (norm, old) in zip(layers, before, strict=True):
+            close((old - joint(layer, "data")).norm() / 0.05, norm)
+
+
+def test_direction_of_grafted_steps_is_ours(digits):
+    for _, _, found in steps(digits, structure="dense", graft="sgd", momentum=0.0):
+        unit = found["plain"] / found["plain"].norm()
+        close(found["d"], unit * found["g"].norm())
+
+
+def test_length_of_adamw(digits):
+    """graft="adamw": the norm of g / (√v̂ + ε); momentum averages, as Adam's first moment."""
+    second, buffers = {}, {}
+    for step, at, found in steps(digits, structure="dense", graft="adamw", momentum=0.9):
+        second[at] = 0.999 * second.get(at, 0) + 0.001 * found["g"] ** 2
+        adam = found["g"] / ((second[at] / (1 - 0.999 ** (step + 1))).sqrt() + 1e-8)
+        along = found["plain"] / found["plain"].norm() * adam.norm()
+        buffers[at] = 0.9 * buffers[at] + 0.1 * along if at in buffers else along
+        close(found["d"], buffers[at])
+
+
+def test_root_mean_square(digits):
+    for _, _, found in steps(digits, structure="dense", update_rms=0.2, momentum=0.0):
+        assert found["d"].square().mean().sqrt().item() == pytest.approx(0.2)
+        close(found["d"] / found["d"].norm(), found["plain"] / found["plain"].norm())
+
+
+def test_kl_clip(digits):
+    """All layers shrink by the one factor min(1, √(κ / |lr² Σ ⟨d, g⟩|))."""
+    shrunk = set()
+    for kappa in (1e-6, 1e6):
+        model = net()
+        options = OPTIONS | {"momentum": 0.0, "kl_clip": kappa}
+        optimizer = SINGD(model, structure="dense", **options)
+        for step in range(2):
+            found = moved(model, optimizer, digits, step)
+            change = 0.05**2 * sum((f["plain"] * f["g"]).sum() for f in found)
+            factor = min(1.0, math.sqrt(kappa / abs(change)))
+            shrunk.add(factor < 1)
+            for layer in found:
+                close(layer["d"], layer["plain"] * factor)
+    assert shrunk == {True, False}
+
+
+def test_warmup_follows_gradients_while_factors_form(digits):
+    for step, _, found in steps(digits, structure="dense", warmup=2, momentum=0.0):
+        close(found["d"], found["g"] if step < 2 else found["plain"])
+        assert not is_identity(found["K"][None])
+
+
+def test_root_exponent(digits):
+    """A^-1/2 and G^-1/2 of diagonal factors."""
+    for _, _, found in steps(digits, structure="diagonal", exponent=0.5, momentum=0.0):
+        close(found["d"], found["C"].abs() @ found["g"] @ found["K"].abs())
+
+
+def test_root_exponent_needs_diagonal_factors():
+    with pytest.raises(ValueError, match=r"exponent=0\.5 needs diagonal factors, layer '1'"):
+        SINGD(net(), structure="dense", exponent=0.5)
+
+
+def test_interval_by_a_callable(digits):
+    """T(step) is the wait until the next update: at steps 0, 1, 3, 6."""
+    seen, factors = [], {}
+    for step, at, found in steps(digits, 8, structure="dense", T=lambda step: 1 + len(seen) // 2):
+        if at not in factors or not torch.equal(factors[at], found["K"]):
+            seen.append(step)
+        factors[at] = found["K"]
+    assert sorted(set(seen)) == [0, 1, 3, 6]
+
+
+@pytest.mark.parametrize("ikfac", [False, True])
+@pytest.mark.parametrize("structure", ["dense", "diagonal", "block4diagonal", "triltoeplitz"])
+def test_start_at_the_first_curvature(digits, structure, ikfac):
+    """init="curvature": SINGD's factors start where they would stay, were it always the same."""
+    model = net()
+    options = {"structure": structure, "init": "curvature", "damping": 0.1, "kfac_like": ikfac}
+    optimizer = SINGD(model, **(OPTIONS | options | {"lr": 0.0, "momentum": 0.0}))
+    state, found = optimizer.state[model[1].weight], []
+    for _ in range(2):
+        optimizer.zero_grad()
+        loss_of(model, digits, 0, 64).backward()
+        optimizer.step()
+        found.append({key: state[key].clone() for key in ("K", "C")})
+    if structure == "triltoeplitz":  # no inverse root in the space: a multiple of I
+        assert not found[0]["K"][0, 1:].any() and found[0]["K"][0, 0] != 1
+        return
+    for key, start in found[0].items():
+        assert (found[1][key] - start).norm() < 2e-3 * start.norm(), key
+        assert (found[1][key] - 1).norm() > 0.01
+
+
+def test_failed_root_starts_at_a_multiple_of_the_identity(digits):
+    """Without damping, a batch of fewer rows than columns has a singular factor."""
+    model = net()
+    optimizer = SINGD(model, **OPTIONS, structure="dense", damping=0.0, init="curvature")
+    train(model, optimizer, (digits[0][:32], digits[1][:32]), range(3))
+    assert all(p.isfinite().all() for p in model.parameters())
+    assert optimizer.state[model[1].weight]["K"].isfinite().all()
+
+
+def test_fraction_is_unbiased(digits):
+    """Over the turns, the mean of the statistics of every third sample is that of all."""
+    model = net()
+    optimizer = SINGD(model, **OPTIONS, structure="dense", curvature_fraction=1 / 3)
+    twin = SINGD(copy.deepcopy(model), **OPTIONS, structure="dense")
+    taps = [optimizer._bindings[0].tap, twin._bindings[0].tap]
+    factors = []
+    for turn in range(3):
+        optimizer.zero_grad()
+        taps[0].turn = turn
+        loss_of(model, digits, 0, 12).backward()
+        factors.append(taps[0].factors())
+    loss_of(twin._model, digits, 0, 12).backward()
+    whole = taps[1].factors()
+    for at in range(2):
+        close(sum(f[at] for f in factors) / 3, whole[at])
+        assert not torch.allclose(factors[0][at], whole[at], rtol=1e-3)
+
+
+def test_fraction_of_every_kind_of_layer(digits):
+    """Convolutions, embeddings, norms (measured whole) and batches smaller than the step."""
+    model = Mixed().double()
+    optimizer = SINGD(model, T=1, lr=0.05, curvature_fraction=1 / 4, norms=True,
+                      warn_unsupported=False)  # fmt: skip
+    optimizer.zero_grad()
+    loss_of(model, digits, 0, 3).backward()
+    optimizer.step()
+    train(model, optimizer, digits, range(3))
+    assert all(p.isfinite().all() for p in model.parameters())
+    assert not is_identity(optimizer.state[model.conv.weight]["K"])
+
+
+def test_loss_spike_moves_factors_by_a_bounded_step(digits):
+    """factor_clip: β₁ times the largest entry of the gradient is at most 1/2; NaNs move nothing."""
+    model = net()
+    optimizer = SINGD(model, **(OPTIONS | {"lr": 0.0}), structure="dense")
+    train(model, optimizer, digits, range(2))
+    state = optimizer.state[model[1].weight]
+    for factor in (1e8, float("nan")):
+        before = {key: state[key].clone() for key in ("K", "C", "m_K", "m_C")}
+        optimizer.zero_grad()
+        (loss_of(model, digits, 3) * factor).backward()
+        with torch.no_grad():
+            for p in model.parameters():
+                p.grad.zero_()
+        optimizer.step()
+        for key, old in before.items():
+            assert state[key].isfinite().all()
+            if math.isnan(factor):
+                assert torch.equal(state[key], old), key
+    assert state["K"].diagonal(dim1=1, dim2=2).min() > 0.1
+
+
+STRUCTURES = {
+    "1": {"1": "dense", "*": "diagonal"},
+    "pairs": {"1": ("dense", "diagonal"), "*": "block3diagonal"},
+}
+
+
+@pytest.mark.parametrize("chosen", STRUCTURES.values(), ids=STRUCTURES)
+def test_structure_by_layer(digits, chosen):
+    model = net()
+    optimizer = SINGD(model, **OPTIONS, structure=chosen)
+    train(model, optimizer, digits, range(2))
+    first, last = (optimizer.state[model[at].weight] for at in (1, 3))
+    assert first["K"].shape == (1, 65, 65)
+    assert last["K"].shape == ((1, 7) if chosen["*"] == "diagonal" else (1, 7, 3))
+    assert first["C"].shape == ((1, 7, 7) if chosen["1"] == "dense" else (1, 7))
+    other = SINGD(net(), **OPTIONS, structure=chosen)
+    other.load_state_dict(optimizer.state_dict())
+    with pytest.raises(ValueError, match=r"[KC] of shape|structure="):
+        SINGD(net(), **OPTIONS, structure="dense").load_state_dict(optimizer.state_dict())
