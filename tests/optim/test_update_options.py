@@ -227,7 +227,7 @@ def test_fraction_of_every_kind_of_layer(digits):
 
 
 def test_loss_spike_moves_factors_by_a_bounded_step(digits):
-    """factor_clip: β₁ times the largest entry of the gradient is at most 1/2; NaNs move nothing."""
+    """factor_clip: β₁ times the norm of m stays below 1; NaNs move nothing."""
     model = net()
     optimizer = SINGD(model, **(OPTIONS | {"lr": 0.0}), structure="dense")
     train(model, optimizer, digits, range(2))

@@ -51,7 +51,8 @@ class Steps(NamedTuple):
         beta: β₁, the step size.
         normalised: Whether the gradient carries a factor 1 − α₁, and β₁ is divided by
             max(1, max|m|).
-        limit: The most that β₁ times the largest entry of a gradient may be; None: anything.
+        limit: The most that β₁ times the norm of m may grow to, so that no curvature, however
+            large, turns K around; None: anything.
     """
 
     alpha: float
@@ -68,7 +69,7 @@ def update_factor(
     if steps.normalised:
         gradient = gradient * (1.0 - steps.alpha)
     elif steps.limit is not None and beta:
-        most = space.largest(gradient) * (beta / steps.limit)
+        most = space.spectral_norm(gradient, own.dim) * (beta / (steps.limit * (1.0 - steps.alpha)))
         gradient = space.scale(gradient, most.clamp(min=1.0).reciprocal())
     m = gradient if momentum is None else gradient + momentum * steps.alpha
     step = space.product(own.K, m)

@@ -153,7 +153,7 @@ class SINGD(KroneckerOptimizer):
         kl_clip: float | None = None,
         warmup: int = 0,
         init: Literal["identity", "curvature"] = "identity",
-        factor_clip: float | None = 0.5,
+        factor_clip: float | None = 0.9,
         curvature_fraction: float = 1,
         fallback: Literal["sgd", "adamw"] | None = "sgd",
         fallback_lr: float | None = None,

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 Reads = Literal["diagonal", "gram", "rows"]
+POWER_ITERATIONS = 3
 
 
 class Spec(ABC):
@@ -118,6 +119,24 @@ class Structure(Spec):
     def largest(self, matrix: Tensor) -> Tensor:
         """The largest absolute coordinate of each matrix, (*batch)."""
         return matrix.abs().flatten(-len(self.coordinate_shape(1))).amax(-1)
+
+    def spectral_norm(self, matrix: Tensor, dim: int) -> Tensor:
+        """An estimate, from below, of the largest singular value of each matrix, (*batch).
+
+        By a few power iterations, which find one dominant direction at once.
+        """
+        largest = self.largest(matrix)
+        least = torch.finfo(matrix.dtype).tiny
+        matrix = self.scale(matrix, largest.clamp(min=least).reciprocal())  # squares are finite
+        vector = torch.arange(dim, dtype=matrix.dtype, device=matrix.device).cos()[:, None]
+        vector = vector.expand(*largest.shape, dim, 1)
+        size = largest
+        for _ in range(POWER_ITERATIONS):
+            vector = vector / vector.norm(dim=-2, keepdim=True).clamp(min=least)
+            vector = self.apply(matrix, vector)
+            size = vector.norm(dim=(-2, -1))
+            vector = self.apply_transposed(matrix, vector)
+        return size * largest
 
     def norm(self, matrix: Tensor) -> Tensor:
         """The Frobenius norm of each matrix, (*batch)."""

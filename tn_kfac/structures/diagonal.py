@@ -51,6 +51,9 @@ class Diagonal(Structure):
     def border(self, block: Tensor, column: Tensor | None, corner: Tensor) -> Tensor:
         return torch.cat([block, corner[..., None]], dim=-1)
 
+    def spectral_norm(self, matrix: Tensor, dim: int) -> Tensor:
+        return self.largest(matrix)
+
     def inverse_root(self, matrix: Tensor) -> Tensor:
         return matrix.rsqrt()
 

@@ -1,0 +1,195 @@
+"""Ten thousand steps with every structure, in bfloat16 and float32, through spikes and NaNs.
+
+    python -m benchmarks.stability --device cuda --processes 16
+
+A small ViT and a small VGG learn noisy images of ten classes. Every hundredth batch is bad: its
+images are 10⁴ times too large, or NaN. Gradients are made finite and clipped, as a user's script
+would; the curvature meets the batch as it is. Each run is a process of its own and reports whether
+anything in parameters or factors is not finite, and the loss of its last tenth.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.machine import ROOT, machine, versions
+from tn_kfac import SINGD
+
+STRUCTURES = (
+    "dense", "diagonal", "block30diagonal", "hierarchical15_15", "triltoeplitz", "triutoeplitz",
+    "triltopleftdiag", "trilbottomrightdiag", "triutopleftdiag", "triubottomrightdiag",
+)  # fmt: skip
+MODELS, DTYPES = ("vit", "vgg"), ("bfloat16", "float32")
+BATCH, PIXELS, CLASSES, BAD_EVERY = 64, 16, 10, 100
+
+
+class Vit(nn.Module):
+    """Patches of 4x4 pixels, two pre-norm blocks, mean pooling."""
+
+    def __init__(self, width: int = 64) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(3, width, 4, 4)
+        self.place = nn.Parameter(torch.zeros(1, (PIXELS // 4) ** 2, width))
+        self.blocks = nn.ModuleList(Block(width) for _ in range(2))
+        self.head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, CLASSES))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.patches(x).flatten(2).mT + self.place
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x.mean(1))
+
+
+class Block(nn.Module):
+    """Attention and a perceptron, each with a norm before it."""
+
+    def __init__(self, width: int, heads: int = 4) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(2))
+        self.mlp = nn.Sequential(
+            nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        qkv = self.qkv(self.norms[0](x)).unflatten(-1, (3, self.heads, -1))
+        q, k, v = qkv.transpose(1, 3).unbind(2)
+        mixed = nn.functional.scaled_dot_product_attention(q, k, v)
+        x = x + self.out(mixed.transpose(1, 2).flatten(2))
+        return x + self.mlp(self.norms[1](x))
+
+
+def vgg() -> nn.Module:
+    """Four 3x3 convolutions without normalisation, two linear layers."""
+    layers: list[nn.Module] = []
+    for before, after in ((3, 16), (16, 32), (32, 64), (64, 64)):
+        layers += [nn.Conv2d(before, after, 3, padding=1), nn.ReLU(inplace=True), nn.MaxPool2d(2)]
+    return nn.Sequential(
+        *layers, nn.Flatten(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, CLASSES)
+    )
+
+
+def batches(device: str, generator: torch.Generator, means: Tensor) -> tuple[Tensor, Tensor]:
+    """Images of random classes under noise."""
+    labels = torch.randint(0, CLASSES, (BATCH,), device=device, generator=generator)
+    noise = torch.randn(BATCH, 3, PIXELS, PIXELS, device=device, generator=generator)
+    return means[labels] + 2.0 * noise, labels
+
+
+def train(args: argparse.Namespace) -> dict[str, Any]:
+    """One run; losses of good batches, and whether all stayed finite."""
+    torch.manual_seed(0)
+    model = (Vit() if args.model == "vit" else vgg()).to(args.device)
+    optimizer = SINGD(model, structure=args.structure, T=args.interval, lr=args.lr,
+                      damping=1e-2, lr_cov=0.05, alpha1=0.5)  # fmt: skip
+    generator = torch.Generator(args.device).manual_seed(1)
+    means = torch.randn(CLASSES, 3, PIXELS, PIXELS, device=args.device, generator=generator)
+    half, losses, finite = args.dtype == "bfloat16", [], torch.ones((), device=args.device)
+    for step in range(args.steps):
+        x, y = batches(args.device, generator, means)
+        bad = step % BAD_EVERY == BAD_EVERY // 2
+        if bad:  # spikes and NaNs take turns; both meet steps that update the curvature
+            x = x * (1e4 if step // BAD_EVERY % 2 else float("nan"))
+        optimizer.zero_grad()
+        with torch.autocast(args.device, torch.bfloat16, enabled=half):
+            loss = nn.functional.cross_entropy(model(x), y)
+        loss.backward()
+        grads = [p.grad for p in model.parameters() if p.grad is not None]
+        for grad in grads:
+            grad.nan_to_num_(0.0, 0.0, 0.0)
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        if not bad:
+            losses.append(loss.detach())
+        if step % 100 == 99:
+            finite *= _all_finite(model, optimizer)
+    tenth = torch.stack(losses[-len(losses) // 10 :]).float()
+    first = torch.stack(losses[: len(losses) // 100 + 1]).float().mean().item()
+    return {
+        "model": args.model, "structure": args.structure, "dtype": args.dtype,
+        "steps": args.steps, "finite": bool(finite), "first_loss": first,
+        "last_loss": tenth.mean().item(), "worst_loss": torch.stack(losses).max().item(),
+    }  # fmt: skip
+
+
+def _all_finite(model: nn.Module, optimizer: SINGD) -> Tensor:
+    """One if nothing that training keeps is NaN or infinite."""
+    kept = [p for p in model.parameters()]
+    kept += [v for s in optimizer.state.values() for v in s.values() if isinstance(v, Tensor)]
+    return torch.stack([tensor.isfinite().all() for tensor in kept]).all().float()
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """One run if --structure is given, else all, in processes of their own."""
+    parse = argparse.ArgumentParser(prog="stability.py", description=(__doc__ or "").split("\n")[0])
+    add = parse.add_argument
+    add("--device", choices=("cpu", "cuda"), default="cpu")
+    add("--structure", help="one run; default: all structures, models and dtypes")
+    add("--model", choices=MODELS, default="vgg")
+    add("--dtype", choices=DTYPES, default="bfloat16")
+    add("--steps", type=int, default=10_000)
+    add("--interval", type=int, default=10, help="T, the steps between updates of factors")
+    add("--lr", type=float, default=3e-3)
+    add("--processes", type=int, default=2)
+    add("--output", type=Path, default=ROOT / "benchmarks" / "results" / "stability.json")
+    args = parse.parse_args(arguments)
+    if args.structure:
+        torch.set_num_threads(1)
+        print(json.dumps(train(args)))
+        return 0
+    common = ["--device", args.device, "--steps", str(args.steps), "--lr", str(args.lr),
+              "--interval", str(args.interval)]  # fmt: skip
+    runs = [["--structure", s, "--model", m, "--dtype", d]
+            for d in DTYPES for s in STRUCTURES for m in MODELS]  # fmt: skip
+    with ThreadPoolExecutor(args.processes) as pool:
+        rows = list(pool.map(lambda run: _process([*common, *run]), runs))
+    known = {"benchmark": "stability", "machine": machine(), "versions": versions(), "rows": rows,
+             "settings": {key: str(value) for key, value in vars(args).items()}}  # fmt: skip
+    args.output.write_text(json.dumps(known, indent=1) + "\n")
+    table = args.output.with_suffix(".md")
+    table.write_text(_table(rows, args))
+    print(table.read_text())
+    return int(not all(row["finite"] for row in rows))
+
+
+def _process(arguments: list[str]) -> dict[str, Any]:
+    command = [sys.executable, "-m", "benchmarks.stability", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def _table(rows: list[dict[str, Any]], args: argparse.Namespace) -> str:
+    """Losses side by side, and the largest gap between the dtypes."""
+    by = {(r["model"], r["structure"], r["dtype"]): r for r in rows}
+    lines = [f"# {args.steps} steps, every {BAD_EVERY}th batch bad, T={args.interval}", "",
+             "| structure | model | all finite | loss bf16 | loss fp32 | gap |",
+             "| --- | --- | --- | ---: | ---: | ---: |"]  # fmt: skip
+    gaps = []
+    for structure in STRUCTURES:
+        for model in MODELS:
+            half, full = (by[model, structure, dtype] for dtype in DTYPES)
+            gaps.append(abs(half["last_loss"] - full["last_loss"]))
+            finite = "yes" if half["finite"] and full["finite"] else "NO"
+            losses = f"{half['last_loss']:.4f} | {full['last_loss']:.4f} | {gaps[-1]:.4f}"
+            lines.append(f"| {structure} | {model} | {finite} | {losses} |")
+    lines += ["", f"Mean loss of the last tenth. Largest gap {max(gaps):.4f}, median "
+              f"{median(gaps):.4f}."]  # fmt: skip
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
