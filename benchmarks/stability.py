@@ -17,7 +17,6 @@ import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
@@ -139,6 +138,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--structure", help="one run; default: all structures, models and dtypes")
     add("--model", choices=MODELS, default="vgg")
     add("--dtype", choices=DTYPES, default="bfloat16")
+    add("--dtypes", nargs="+", choices=DTYPES, default=DTYPES, help="of all runs")
     add("--steps", type=int, default=10_000)
     add("--interval", type=int, default=10, help="T, the steps between updates of factors")
     add("--lr", type=float, default=3e-3)
@@ -152,10 +152,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     common = ["--device", args.device, "--steps", str(args.steps), "--lr", str(args.lr),
               "--interval", str(args.interval)]  # fmt: skip
     runs = [["--structure", s, "--model", m, "--dtype", d]
-            for d in DTYPES for s in STRUCTURES for m in MODELS]  # fmt: skip
+            for d in args.dtypes for s in STRUCTURES for m in MODELS]  # fmt: skip
     with ThreadPoolExecutor(args.processes) as pool:
         rows = list(pool.map(lambda run: _process([*common, *run]), runs))
-    known = {"benchmark": "stability", "machine": machine(), "versions": versions(), "rows": rows,
+    earlier = json.loads(args.output.read_text())["rows"] if args.output.exists() else []
+    rows = list({_key(row): row for row in earlier + rows}.values())
+    known = {"benchmark": "stability", "machine": machine(args.device), "versions": versions(), "rows": rows,
              "settings": {key: str(value) for key, value in vars(args).items()}}  # fmt: skip
     args.output.write_text(json.dumps(known, indent=1) + "\n")
     table = args.output.with_suffix(".md")
@@ -172,22 +174,29 @@ def _process(arguments: list[str]) -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def _key(row: dict[str, Any]) -> tuple[str, str, str]:
+    return row["model"], row["structure"], row["dtype"]
+
+
 def _table(rows: list[dict[str, Any]], args: argparse.Namespace) -> str:
-    """Losses side by side, and the largest gap between the dtypes."""
-    by = {(r["model"], r["structure"], r["dtype"]): r for r in rows}
+    """Losses side by side, and the largest gap between the dtypes where both were run."""
+    by = {_key(row): row for row in rows}
     lines = [f"# {args.steps} steps, every {BAD_EVERY}th batch bad, T={args.interval}", "",
              "| structure | model | all finite | loss bf16 | loss fp32 | gap |",
              "| --- | --- | --- | ---: | ---: | ---: |"]  # fmt: skip
     gaps = []
     for structure in STRUCTURES:
         for model in MODELS:
-            half, full = (by[model, structure, dtype] for dtype in DTYPES)
-            gaps.append(abs(half["last_loss"] - full["last_loss"]))
-            finite = "yes" if half["finite"] and full["finite"] else "NO"
-            losses = f"{half['last_loss']:.4f} | {full['last_loss']:.4f} | {gaps[-1]:.4f}"
-            lines.append(f"| {structure} | {model} | {finite} | {losses} |")
-    lines += ["", f"Mean loss of the last tenth. Largest gap {max(gaps):.4f}, median "
-              f"{median(gaps):.4f}."]  # fmt: skip
+            found = [by.get((model, structure, dtype)) for dtype in DTYPES]
+            finite = "yes" if all(row["finite"] for row in found if row) else "NO"
+            losses = [row["last_loss"] if row else None for row in found]
+            cells = ["" if loss is None else f"{loss:.4f}" for loss in losses]
+            if losses[0] is not None and losses[1] is not None:
+                gaps.append(abs(losses[0] - losses[1]))
+                cells.append(f"{gaps[-1]:.4f}")
+            lines.append(f"| {structure} | {model} | {finite} | {' | '.join(cells)} |")
+    if gaps:
+        lines += ["", f"Mean loss of the last tenth. Largest gap {max(gaps):.4f}."]
     return "\n".join(lines) + "\n"
 
 
