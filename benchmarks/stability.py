@@ -157,8 +157,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         rows = list(pool.map(lambda run: _process([*common, *run]), runs))
     earlier = json.loads(args.output.read_text())["rows"] if args.output.exists() else []
     rows = list({_key(row): row for row in earlier + rows}.values())
-    known = {"benchmark": "stability", "machine": machine(args.device), "versions": versions(), "rows": rows,
-             "settings": {key: str(value) for key, value in vars(args).items()}}  # fmt: skip
+    known = {
+        "benchmark": "stability",
+        "machine": machine(args.device),
+        "versions": versions(),
+        "settings": {key: str(value) for key, value in vars(args).items()},
+        "rows": rows,
+    }
     args.output.write_text(json.dumps(known, indent=1) + "\n")
     table = args.output.with_suffix(".md")
     table.write_text(_table(rows, args))

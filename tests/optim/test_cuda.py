@@ -9,7 +9,12 @@ from torch import nn
 
 from tn_kfac import SINGD
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+pytestmark = [
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+    pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype"),
+    pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores"),
+    pytest.mark.filterwarnings("ignore:.torch.jit.script"),
+]
 
 STRUCTURES = ("dense", "diagonal", "block4diagonal", "triltoeplitz", "triutoeplitz",
               "hierarchical2_3", "triltopleftdiag", "triubottomrightdiag", "auto")  # fmt: skip
