@@ -19,7 +19,7 @@ FORWARD = {
     "channels under kernels as large as the image": (wide(8, 64, 7, padding=3, groups=64), False),
     "channels under small kernels": (wide(8, 64, 3, padding=1, groups=64), True),
     "one window": (wide(5, 64, 5), False),
-    "a matrix product": (wide(14, 64, 1), True),
+    "a matrix product": (wide(28, 64, 1), True),
     "a matrix product of many weights": (wide(14, 1024, 1), False),
     "a matrix product that widens": (wide(14, 64, 1, out=384), False),
     "a matrix product of few positions": (wide(5, 64, 1), False),

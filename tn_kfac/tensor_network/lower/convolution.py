@@ -21,8 +21,9 @@ MIN_POSITIONS = 300
 FEW_POSITIONS, MANY_WEIGHTS, WIDENING = 32, 1 << 18, 6
 """A matrix product of fewer positions, more weights, or so many times more outputs than inputs
 is better done as such."""
-FEW_SAMPLES = 2048
-"""The weight VJP of fewer positions, over all examples, is a small matrix product."""
+FEW_SAMPLES, SMALL_GROUPS = 2048, 1 << 18
+"""The weight VJP (or a product) of fewer positions, over all examples, is a small matrix product;
+so is that of single channels of single examples with fewer pixels."""
 SMALL_IMAGE, MANY_CHANNELS = 64, 384
 """Up to so many positions of so many channels, the patterns cost next to nothing."""
 
@@ -84,19 +85,21 @@ def _fits(network: Network, call: ConvolutionCall) -> bool:
     """
     positions = prod(axis.output_size for axis in call.spatial)
     channels, out = _channels(call)
+    samples = call.elements(call.roles[0][0]) * positions
     if positions == 1:
         return False
     if not any(isinstance(node, Pattern) for node in traced(network)[0].nodes):
         wide = channels * out > MANY_WEIGHTS or out >= WIDENING * channels
-        return call.kind == "forward" and positions >= FEW_POSITIONS and not wide
+        few = positions < FEW_POSITIONS or samples < FEW_SAMPLES
+        return call.kind == "forward" and not few and not wide
     if positions <= SMALL_IMAGE and min(channels, out) >= MANY_CHANNELS:
         return False
-    samples = call.elements(call.roles[0][0]) * positions
-    if call.kind == "weight_vjp" and call.roles[0][0] and samples < FEW_SAMPLES:
+    per_example = call.kind == "weight_vjp" and not call.roles[0][0]
+    if call.kind == "weight_vjp" and not per_example and samples < FEW_SAMPLES:
         return False
     if channels == 1:
-        return any(axis.kernel_size < axis.input_size - 1 for axis in call.spatial)
-    per_example = call.kind == "weight_vjp" and not call.roles[0][0]
+        small = per_example and call.group_size * positions < SMALL_GROUPS
+        return not small and any(axis.kernel_size < axis.input_size - 1 for axis in call.spatial)
     grouped = sum(call.size[axis] > 1 for axis in call.groups[0]) > 1
     return not per_example or (positions >= MIN_POSITIONS and not grouped)
 
