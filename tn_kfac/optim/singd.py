@@ -66,12 +66,15 @@ class SINGD(KroneckerOptimizer):
         damping: λ, added to the curvature.
         alpha1: Riemannian momentum of the factor updates (α₁); 0 if `kfac_like`.
         weight_decay: γ, added to the preconditioned gradient as γ · parameter.
-        T: Steps between factor updates.
+        T: Steps between factor updates, or a callable of the step that returns how many to wait.
         loss_average: What the loss averages over: "batch", "batch+sequence" (also over
             shared positions: the tokens of a sequence) or None for a sum. It must fit the
             loss; class weights and ignored targets want fisher="mc" or "type-2".
         lr_cov: Step size of the factor updates (β₁), or a callable of the step.
-        structure: "diagonal" or "dense" for both factors, or a pair (input, output).
+        structure: Of both factors, or a pair (input, output): a name ("diagonal", "dense",
+            "auto", "block30diagonal", "hierarchical15_15", "triltoeplitz", "triutoeplitz",
+            "triltopleftdiag" and its three kin) or an object of `tn_kfac.structures`; or a
+            mapping from patterns of layer names, as in {"head": "dense", "*": "diagonal"}.
         fisher: "empirical" takes the gradients of the loss; "mc" those for labels drawn from
             the model, and "type-2" the exact Hessian of the loss in the outputs: both need a
             call of `curvature` before each backward pass. "forward-only" sets G to I.
@@ -88,6 +91,21 @@ class SINGD(KroneckerOptimizer):
         init_grad_scale: Accepted for scripts written for `singd`; it has no effect, since
             loss scaling is undone exactly.
         normalize_lr_cov: Divide `lr_cov` by max(1, max|m|).
+        nesterov: Nesterov's momentum, as in `torch.optim.SGD`.
+        decoupled_weight_decay: Shrink parameters by 1 − lr · weight_decay before the step, as in
+            AdamW, instead of adding the decay to the direction.
+        precondition: "gradient", whose momentum is taken afterwards, or "momentum".
+        exponent: 1, or 1/2 for A^-1/2 and G^-1/2 (diagonal factors only).
+        graft: Take the length of each layer's update from "sgd" (the gradient's norm) or "adamw"
+            (the norm of g / (√v̂ + ε); momentum then averages), so that a learning rate tuned
+            for it carries over (https://arxiv.org/abs/2002.11803).
+        update_rms: Or give each layer's update this root mean square.
+        kl_clip: κ: shrink a group's update by min(1, √(κ / |lr² Σ ⟨update, gradient⟩|)).
+        warmup: First steps, in which factors form but gradients are followed as they are.
+        init: Factors start at the "identity", or at the first batch's "curvature".
+        factor_clip: The most that lr_cov times the norm of a factor's momentum may grow to (below
+            1, no curvature turns a factor around); None: anything, as the package does.
+        curvature_fraction: 1/n: measure every n-th sample of a batch, in turns; unbiased.
         fallback: "sgd", "adamw", or None to leave these parameters untrained.
         fallback_lr: Learning rate of the fallback; `lr` if None.
         fallback_weight_decay: Weight decay of the fallback; `weight_decay` if None.
