@@ -1,0 +1,1 @@
+"""Which training habits hold for which optimizer; `python -m benchmarks.habits`."""
