@@ -62,7 +62,7 @@ def judge(habit: str, peer: Peer, limit: float) -> dict[str, Any]:
             process.join()
             reason = f"the process died ({process.exitcode})"
     process.join(5)
-    if process.is_alive():
+    if process.is_alive() and process.pid is not None:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)  # its own group, with what it started
         process.join()
