@@ -40,7 +40,7 @@ from tn_kfac.optim.groups import (
     untrained,
     warn_untrained,
 )
-from tn_kfac.optim.measured import check_measured, measured_apart
+from tn_kfac.optim.measured import check_measured, measured_apart, warn_of_ranks
 from tn_kfac.optim.rules import FALLBACKS, sgd
 from tn_kfac.optim.scaling import found_inf, unscale
 from tn_kfac.optim.updates import kl_clipped, lengthened, smoothed
@@ -88,6 +88,7 @@ class KroneckerOptimizer(Optimizer, ABC):
         self._attach()
         self._handles += self._scope.attach(model)
         self._ready = True
+        warn_of_ranks()
         weakref.finalize(self, _remove, self._handles)
 
     @abstractmethod
