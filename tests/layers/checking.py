@@ -11,17 +11,19 @@ from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 from reference import definition, kfac
 from reference.cases import APPROXIMATIONS, LOSS_AVERAGES, LayerCase, batch_loss
+from reference.singd import projection
 from torch import Tensor
 
 from tn_kfac.curvature import LayerTap
 from tn_kfac.structures import structure
 
 RTOL, ATOL = 1e-9, 1e-12
-PROJECTIONS = {"dense": lambda A: A, "diagonal": lambda A: torch.diag_embed(A.diagonal(0, 1, 2))}
+STRUCTURES = ("dense", "diagonal", "block2diagonal", "hierarchical1_1", "triltoeplitz",
+              "triutoeplitz", "trilbottomrightdiag")  # fmt: skip
 CHOICES = {
     "approx": st.sampled_from(APPROXIMATIONS),
     "loss_average": st.sampled_from(LOSS_AVERAGES),
-    "names": st.tuples(*[st.sampled_from(sorted(PROJECTIONS))] * 2),
+    "names": st.tuples(*[st.sampled_from(STRUCTURES)] * 2),
     "frozen": st.sampled_from(["nothing", "weight", "bias"]),
 }
 
@@ -46,15 +48,36 @@ def freeze(case: LayerCase, frozen: str) -> tuple[bool, bool]:
     return case.module.weight.requires_grad, bias is not None and bias.requires_grad
 
 
+def move(tap: LayerTap) -> None:
+    """Give a tap factors K and C, members of their spaces, that are not the identity."""
+    recipe, pair = tap.recipe, []
+    for space, dim in (
+        (recipe.input_structure, recipe.dim_in), (recipe.output_structure, recipe.dim_out),
+    ):  # fmt: skip
+        rows = torch.randn(recipe.layer.groups, 3, dim, dtype=tap.dtype)
+        pair.append(space.add_to_diagonal_(space.project_gram(rows), 1.0))
+    tap.basis = (pair[0], pair[1])
+
+
 def assert_factors(tap: LayerTap, expected: tuple[Tensor, Tensor], names: tuple[str, str]) -> None:
     """A tap's factors are the dense ones, projected to the structures that the user chose.
 
-    A layer whose A is diagonal by itself keeps that diagonal, whatever the user chose.
+    Structures that read rows see them through the tap's K and C. A layer whose A is diagonal by
+    itself keeps that diagonal, whatever the user chose; one of few parameters is dense instead.
     """
-    if tap.recipe.layer.diagonal_input:
+    recipe = tap.recipe
+    if recipe.layer.diagonal_input:
         names = ("diagonal", names[1])
-    for actual, dense, name in zip(tap.factors(), expected, names, strict=True):
-        actual, dense = structure(name).to_dense(actual), PROJECTIONS[name](dense)
+    if not recipe.layer.structured:
+        first, second = (name if name == "diagonal" else "dense" for name in names)
+        names = first, second
+    assert names == (recipe.input_structure.name, recipe.output_structure.name)
+    for at, (actual, dense, name) in enumerate(zip(tap.factors(), expected, names, strict=True)):
+        space = structure(name)
+        if tap.basis is not None and name not in ("dense", "diagonal"):
+            K = space.to_dense(tap.basis[at])
+            dense = K.mT @ dense @ K
+        actual, dense = space.to_dense(actual), projection(name)(dense)
         atol = ATOL * max(1.0, float(dense.abs().max())) if dense.numel() else 0.0
         torch.testing.assert_close(actual, dense, rtol=RTOL, atol=atol)
 
@@ -67,6 +90,7 @@ def check_one_batch(
     rows = definition.rows(case)
     terms = kfac.loss_terms(loss_average, len(rows.a), rows.positions)
     tap = tapped(case.module, approx=approx, loss_average=loss_average, structures=names)
+    move(tap)
     y = case.outputs()
     assert (len(y), case.positions(y)) == (len(rows.a), rows.positions)
     batch_loss(y, terms).backward()
