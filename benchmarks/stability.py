@@ -15,7 +15,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -153,10 +153,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
               "--interval", str(args.interval)]  # fmt: skip
     runs = [["--structure", s, "--model", m, "--dtype", d]
             for d in args.dtypes for s in STRUCTURES for m in MODELS]  # fmt: skip
+    rows = json.loads(args.output.read_text())["rows"] if args.output.exists() else []
     with ThreadPoolExecutor(args.processes) as pool:
-        rows = list(pool.map(lambda run: _process([*common, *run]), runs))
-    earlier = json.loads(args.output.read_text())["rows"] if args.output.exists() else []
-    rows = list({_key(row): row for row in earlier + rows}.values())
+        for done in as_completed(pool.submit(_process, [*common, *run]) for run in runs):
+            rows = list({_key(row): row for row in [*rows, done.result()]}.values())
+            _write(rows, args)  # a run that is cut short keeps what it has
+    print(args.output.with_suffix(".md").read_text())
+    return int(not all(row["finite"] for row in rows))
+
+
+def _write(rows: list[dict[str, Any]], args: argparse.Namespace) -> None:
+    """All that is known, as JSON and as a table."""
     known = {
         "benchmark": "stability",
         "machine": machine(args.device),
@@ -165,10 +172,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "rows": rows,
     }
     args.output.write_text(json.dumps(known, indent=1) + "\n")
-    table = args.output.with_suffix(".md")
-    table.write_text(_table(rows, args))
-    print(table.read_text())
-    return int(not all(row["finite"] for row in rows))
+    args.output.with_suffix(".md").write_text(_table(rows, args))
 
 
 def _process(arguments: list[str]) -> dict[str, Any]:

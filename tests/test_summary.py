@@ -85,10 +85,8 @@ def test_kinds_reasons_and_costs():
     rows = by_name(summary(model, mixed_example(), structure="dense"))
     conv = rows["conv.weight"]
     assert conv is rows["conv.bias"]
-    assert (conv.curvature, conv.geometry) == (
-        "kronecker",
-        "Conv2d 4->6, 3x3, stride 2, groups 2",
-    )
+    assert conv.curvature == "kronecker"
+    assert conv.geometry == "Conv2d 4->6, 3x3, stride 2, groups 2"
     assert conv.factors == ((2, 2 * 9 + 1), (2, 3))
     assert "norms=False" in rows["norm.weight"].reason
     assert rows["attention.in_proj_weight"].reason == rows["attention.out_proj.weight"].reason != ""

@@ -1,12 +1,8 @@
 """Copies of a tapped model, and models that change device or dtype."""
 
-import copy
-import pickle
-from collections.abc import Callable
-from io import BytesIO
-
 import pytest
 import torch
+from copies import COPIES
 from reference import kfac
 from reference.cases import batch_loss, example_loss
 from tapping import tapped
@@ -17,18 +13,6 @@ from tn_kfac.curvature import ForwardScope, LayerTap
 TIGHT = {"rtol": 1e-10, "atol": 1e-12}
 
 
-def _saved_and_loaded(model: nn.Module) -> nn.Module:
-    buffer = BytesIO()
-    torch.save(model, buffer)
-    buffer.seek(0)
-    return torch.load(buffer, weights_only=False)
-
-
-COPIES: dict[str, Callable[[nn.Module], nn.Module]] = {
-    "deepcopy": copy.deepcopy,
-    "pickle": lambda model: pickle.loads(pickle.dumps(model)),
-    "torch.save": _saved_and_loaded,
-}
 each_copy = pytest.mark.parametrize("duplicate", COPIES.values(), ids=COPIES)
 
 

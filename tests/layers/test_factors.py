@@ -51,3 +51,15 @@ def test_every_padding_on_every_mode(mode, padding, kernel, approx):
     module = torch.nn.Conv2d(2, 2, kernel, padding=padding, padding_mode=mode, groups=2).double()
     case = LayerCase(module, torch.randn(2, 2, 4, 5, dtype=torch.float64), channels=2)
     check_one_batch(case, approx, "batch", ("dense", "dense"), "nothing")
+
+
+@pytest.mark.parametrize("dims", [1, 2])
+@pytest.mark.parametrize("approx", APPROXIMATIONS)
+def test_rows_come_in_parts(dims, approx, monkeypatch):
+    """Few samples at a time, where all rows would not fit."""
+    monkeypatch.setattr("tn_kfac.layers.rows.DEFAULT_LIMIT", 40)
+    kind = (torch.nn.Conv1d, torch.nn.Conv2d)[dims - 1]
+    module = kind(4, 2, 3, stride=2, padding=1, groups=2).double()
+    case = LayerCase(module, torch.randn(5, 4, *[6] * dims, dtype=torch.float64), channels=2)
+    names = ("block2diagonal", "triltoeplitz")
+    check_one_batch(case, approx, "batch", names, "nothing")

@@ -1,29 +1,15 @@
 """Training habits: averaged, copied and pickled models; models that move while they train."""
 
 import copy
-import pickle
 from collections.abc import Callable
-from io import BytesIO
 
 import pytest
 import torch
+from copies import COPIES
 from optimizers import Mixed, each_optimizer, is_identity, loss_of, train
 from torch import Tensor, nn
 from torch.optim.swa_utils import SWALR, AveragedModel, get_ema_multi_avg_fn, update_bn
 
-
-def _saved(model: nn.Module) -> nn.Module:
-    buffer = BytesIO()
-    torch.save(model, buffer)
-    buffer.seek(0)
-    return torch.load(buffer, weights_only=False)
-
-
-COPIES: dict[str, Callable[[nn.Module], nn.Module]] = {
-    "deepcopy": copy.deepcopy,
-    "pickle": lambda model: pickle.loads(pickle.dumps(model)),
-    "torch.save": _saved,
-}
 MOVES: dict[str, Callable[[nn.Module], nn.Module]] = {
     "double": lambda model: model.double(),
     "to": lambda model: model.to(torch.float64),

@@ -213,6 +213,33 @@ def test_fraction_is_unbiased(digits):
         assert not torch.allclose(factors[0][at], whole[at], rtol=1e-3)
 
 
+def test_fraction_takes_turns_at_any_interval(digits):
+    """Each update measures the next samples, though steps in between do not."""
+    model = net()
+    options = OPTIONS | {"T": 4, "lr": 0.0, "curvature_fraction": 1 / 2}
+    optimizer = SINGD(model, **options, structure="dense")
+    turns = []
+    for step in range(9):
+        turns.append(optimizer._bindings[0].tap.turn)
+        train(model, optimizer, digits, [step])
+    assert turns == [0, 1, 1, 1, 1, 2, 2, 2, 2]
+
+
+@pytest.mark.parametrize(("name", "value"), [("T", 0), ("T", 1.5), ("lr_cov", -1), ("lr_cov", "1")])
+def test_callables_are_checked(digits, name, value):
+    model = net()
+    optimizer = SINGD(model, **(OPTIONS | {name: lambda step: value}))
+    with pytest.raises((TypeError, ValueError), match=name):
+        train(model, optimizer, digits, [0])
+
+
+def test_grafted_adamw_has_no_nesterov():
+    with pytest.raises(ValueError, match="nesterov=True"):
+        SINGD(net(), graft="adamw", nesterov=True)
+    with pytest.raises(ValueError, match="graft='sgd' and update_rms"):
+        SINGD(net(), graft="sgd", update_rms=0.2)
+
+
 def test_fraction_of_every_kind_of_layer(digits):
     """Convolutions, embeddings, norms (measured whole) and batches smaller than the step."""
     model = Mixed().double()
@@ -245,24 +272,3 @@ def test_loss_spike_moves_factors_by_a_bounded_step(digits):
             if math.isnan(factor):
                 assert torch.equal(state[key], old), key
     assert state["K"].diagonal(dim1=1, dim2=2).min() > 0.1
-
-
-STRUCTURES = {
-    "1": {"1": "dense", "*": "diagonal"},
-    "pairs": {"1": ("dense", "diagonal"), "*": "block3diagonal"},
-}
-
-
-@pytest.mark.parametrize("chosen", STRUCTURES.values(), ids=STRUCTURES)
-def test_structure_by_layer(digits, chosen):
-    model = net()
-    optimizer = SINGD(model, **OPTIONS, structure=chosen)
-    train(model, optimizer, digits, range(2))
-    first, last = (optimizer.state[model[at].weight] for at in (1, 3))
-    assert first["K"].shape == (1, 65, 65)
-    assert last["K"].shape == ((1, 7) if chosen["*"] == "diagonal" else (1, 7, 3))
-    assert first["C"].shape == ((1, 7, 7) if chosen["1"] == "dense" else (1, 7))
-    other = SINGD(net(), **OPTIONS, structure=chosen)
-    other.load_state_dict(optimizer.state_dict())
-    with pytest.raises(ValueError, match=r"[KC] of shape|structure="):
-        SINGD(net(), **OPTIONS, structure="dense").load_state_dict(optimizer.state_dict())

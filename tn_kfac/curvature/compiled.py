@@ -16,14 +16,10 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
-from tn_kfac.curvature.statistics import Recipe
-
 
 class Measures(Protocol):
     """What the operator needs of a tap."""
 
-    recipe: Recipe
-    dtype: torch.dtype
     recording: bool
 
     def forget_discarded(self) -> None:
@@ -49,19 +45,46 @@ def register(tap: Measures) -> int:
 
 
 @torch.library.custom_op("tn_kfac::statistics", mutates_args=())
-def statistics(key: int, first: bool, gradient: Tensor, saved: Sequence[Tensor]) -> list[Tensor]:
-    """The statistics of one call of a layer; zeros, where none are wanted."""
+def statistics(
+    key: int,
+    first: bool,
+    gradient: Tensor,
+    saved: Sequence[Tensor],
+    input_shape: Sequence[int],
+    output_shape: Sequence[int],
+    dtype: torch.dtype,
+) -> list[Tensor]:
+    """The statistics of one call of a layer; zeros, where none are wanted.
+
+    All that decides what the result looks like is an argument: compiled graphs are cached on
+    disk, and another process has another tap under the same key.
+    """
     tap = _taps[key]
     if not tap.recording:
-        return [gradient.new_zeros(shape, dtype=tap.dtype) for shape in tap.recipe.shapes()]
+        return _like(gradient, input_shape, output_shape, dtype)
     tap.forget_discarded()
-    return [part.clone() for part in tap.measure(tuple(saved), gradient, first)]
+    return [part.contiguous() for part in tap.measure(tuple(saved), gradient, first)]
 
 
 @statistics.register_fake
-def _(key: int, first: bool, gradient: Tensor, saved: Sequence[Tensor]) -> list[Tensor]:
-    tap = _taps[key]
-    return [gradient.new_empty(shape, dtype=tap.dtype) for shape in tap.recipe.shapes()]
+def _(
+    key: int,
+    first: bool,
+    gradient: Tensor,
+    saved: Sequence[Tensor],
+    input_shape: Sequence[int],
+    output_shape: Sequence[int],
+    dtype: torch.dtype,
+) -> list[Tensor]:
+    return _like(gradient, input_shape, output_shape, dtype)
+
+
+def _like(
+    gradient: Tensor, input_shape: Sequence[int], output_shape: Sequence[int], dtype: torch.dtype
+) -> list[Tensor]:
+    """Zeros of the shapes of A, G and the counts."""
+    shapes = (input_shape, output_shape, (2,))
+    return [gradient.new_zeros(tuple(shape), dtype=dtype) for shape in shapes]
 
 
 class TracedTap(torch.autograd.Function):
@@ -72,7 +95,9 @@ class TracedTap(torch.autograd.Function):
                 *tensors: Tensor) -> Tensor:  # fmt: skip
         """Return a copy of `output`, which the compiler fuses away; save `count` tensors."""
         ctx.save_for_backward(*tensors[:count])
-        ctx.key, ctx.first, ctx.rest = key, first, len(tensors) - count
+        ctx.key, ctx.first = key, first
+        input_probe, output_probe, _ = tensors[count:]
+        ctx.shapes, ctx.dtype = (input_probe.shape, output_probe.shape), input_probe.dtype
         return output.clone()
 
     @staticmethod
@@ -80,7 +105,9 @@ class TracedTap(torch.autograd.Function):
         """Pass the gradient on unchanged, and give each probe its statistic."""
         (gradient,) = gradients
         saved = ctx.saved_tensors
-        parts = torch.ops.tn_kfac.statistics(ctx.key, ctx.first, gradient, list(saved))
+        parts = torch.ops.tn_kfac.statistics(
+            ctx.key, ctx.first, gradient, list(saved), *map(list, ctx.shapes), ctx.dtype
+        )
         return gradient, None, None, None, *(None for _ in saved), *parts
 
 

@@ -187,11 +187,16 @@ class LayerTap:
         """The leaves whose gradients are the statistics: A, G and the counts; none yet: ()."""
         return self._probes
 
+    @property
+    def has_statistics(self) -> bool:
+        """Whether a backward pass was measured since `clear`."""
+        return bool(self._probes) and all(probe.grad is not None for probe in self._probes)
+
     def factors(self) -> Factors | None:
         """The normalised factors of all backward passes since `clear`, None without one."""
-        sums = [probe.grad for probe in self._probes]
-        if not sums or any(total is None for total in sums):
+        if not self.has_statistics:
             return None
+        sums = [probe.grad for probe in self._probes]
         return self.recipe.normalise(*sums, basis=self.basis)  # type: ignore[arg-type]
 
     def clear(self) -> None:

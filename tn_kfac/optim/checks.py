@@ -30,26 +30,18 @@ def one_of(name: str, value: object, choices: tuple[object, ...]) -> None:
         raise ValueError(f"{name} must be one of {list(choices)}, got {value!r}")
 
 
-def interval(name: str, value: object) -> None:
-    """A positive integer."""
+def interval(name: str, value: object, least: int = 1) -> None:
+    """An integer of at least 1, or of at least `least`."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be an integer, got {value!r}")
-    if value < 1:
-        raise ValueError(f"{name} must be at least 1, got {value}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
 
 
 def intervals(name: str, value: object) -> None:
     """A positive integer, or a callable of the step that returns one."""
     if not callable(value):
         interval(name, value)
-
-
-def count(name: str, value: object) -> None:
-    """An integer of at least 0."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an integer, got {value!r}")
-    if value < 0:
-        raise ValueError(f"{name} must be at least 0, got {value}")
 
 
 def optional(name: str, value: object) -> None:

@@ -32,7 +32,7 @@ def check_measured(bindings: list[Binding], is_due: Callable[[Binding], bool]) -
     waiting = [
         b.tap for b in bindings if any(p.grad is not None for p in b.parameters) and is_due(b)
     ]
-    if not waiting or any(tap.factors() is not None for tap in waiting):
+    if not waiting or any(tap.has_statistics for tap in waiting):
         return
     if not any(p.grad.any() for b in bindings for p in b.parameters if p.grad is not None):
         return  # torch.distributed.checkpoint makes states by a step along zero gradients

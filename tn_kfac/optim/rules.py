@@ -35,8 +35,7 @@ def sgd(
     coupled = 0.0 if group["decoupled_weight_decay"] else group["weight_decay"]
     if group["weight_decay"] and not coupled:
         shrunk = 1 - group["lr"] * group["weight_decay"]
-        for p in params:
-            p.mul_(shrunk)
+        torch._foreach_mul_(list(params), shrunk)  # pyright: ignore[reportPrivateImportUsage]
     buffers = [None if ready else state.get("momentum_buffer") for state in states]
     torch_sgd(
         list(params),
@@ -46,7 +45,7 @@ def sgd(
         weight_decay=coupled,
         momentum=momentum,
         lr=group["lr"],
-        dampening=momentum if group.get("graft") == "adamw" and not group["nesterov"] else 0.0,
+        dampening=momentum if group.get("graft") == "adamw" else 0.0,
         nesterov=bool(group["nesterov"] and momentum),
         maximize=False,
     )

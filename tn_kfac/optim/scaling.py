@@ -10,6 +10,7 @@ import inspect
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
@@ -31,8 +32,8 @@ def unscale(optimizer: Optimizer, needed: bool) -> Tensor | None:
     scale: Tensor | None = getattr(optimizer, "grad_scale", None)
     if scale is not None:
         grads = [p.grad for p in _parameters(optimizer.param_groups) if p.grad is not None]
-        for grad in grads:
-            grad.div_(scale)
+        if grads:
+            torch._foreach_div_(grads, scale)  # pyright: ignore[reportPrivateImportUsage]
         return scale
     scaler = _calling_scaler() if needed else None
     if needed and scaler is None:

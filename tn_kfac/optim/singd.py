@@ -136,7 +136,7 @@ class SINGD(KroneckerOptimizer):
         "update_rms": checks.optional,
         "kl_clip": checks.optional,
         "curvature_fraction": checks.fraction,
-        "warmup": checks.count,
+        "warmup": lambda name, value: checks.interval(name, value, least=0),
     }
 
     def __init__(
@@ -228,6 +228,11 @@ class SINGD(KroneckerOptimizer):
                 f"graft={options['graft']!r} and update_rms={options['update_rms']} both set the "
                 "length of an update: give one"
             )
+        if options["graft"] == "adamw" and options["nesterov"]:
+            raise ValueError(
+                "graft='adamw' has AdamW's averaged momentum, which nesterov=True would lengthen: "
+                "give one"
+            )
         return options
 
     def _check_binding(self, binding: Binding, group: Group) -> None:
@@ -261,6 +266,7 @@ class SINGD(KroneckerOptimizer):
             return
         lr_cov: float | Callable[[int], float] = group["lr_cov"]
         beta = lr_cov(state["step"]) if callable(lr_cov) else lr_cov
+        checks.number("lr_cov", beta)
         alpha = 0.0 if ikfac else group["alpha1"]
         steps = Steps(alpha, beta, group["normalize_lr_cov"], group["factor_clip"])
         for name, other in (("K", "C"), ("C", "K")):

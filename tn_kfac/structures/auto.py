@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tn_kfac.structures.base import Spec, Structure
+from tn_kfac.structures.base import Spec, Structure, require_integer
 from tn_kfac.structures.block_diagonal import BlockDiagonal
 from tn_kfac.structures.dense import Dense
 from tn_kfac.structures.diagonal import Diagonal
@@ -25,10 +25,7 @@ class Auto(Spec):
     budget: int = 1 << 20
 
     def __post_init__(self) -> None:
-        if isinstance(self.budget, bool) or not isinstance(self.budget, int):
-            raise TypeError(f"budget of Auto must be an integer, got {self.budget!r}")
-        if self.budget < 1:
-            raise ValueError(f"budget of Auto must be at least 1, got {self.budget}")
+        require_integer("budget of Auto", self.budget, 1)
 
     @property
     def name(self) -> str:

@@ -22,6 +22,19 @@ Reads = Literal["diagonal", "gram", "rows"]
 POWER_ITERATIONS = 3
 
 
+def require_integer(argument: str, value: object, least: int) -> None:
+    """Check an argument of a spec.
+
+    Raises:
+        TypeError: If it is no integer.
+        ValueError: If it is less than `least`.
+    """
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{argument} must be an integer, got {value!r}")
+    if value < least:
+        raise ValueError(f"{argument} must be at least {least}, got {value}")
+
+
 class Spec(ABC):
     """What users choose: a structure, or how to find one for a factor's size."""
 

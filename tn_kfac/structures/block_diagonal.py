@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from tn_kfac.structures.base import Structure
+from tn_kfac.structures.base import Structure, require_integer
 from tn_kfac.structures.dense import inverse_cholesky
 
 
@@ -26,10 +26,7 @@ class BlockDiagonal(Structure):
     size: int
 
     def __post_init__(self) -> None:
-        if isinstance(self.size, bool) or not isinstance(self.size, int):
-            raise TypeError(f"size of BlockDiagonal must be an integer, got {self.size!r}")
-        if self.size < 1:
-            raise ValueError(f"size of BlockDiagonal must be at least 1, got {self.size}")
+        require_integer("size of BlockDiagonal", self.size, 1)
 
     @property
     def name(self) -> str:

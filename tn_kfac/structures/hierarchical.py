@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from tn_kfac.structures.base import Structure
+from tn_kfac.structures.base import Structure, require_integer
 from tn_kfac.structures.toeplitz import TRIANGLES
 
 
@@ -155,12 +155,8 @@ class Hierarchical(_DenseRows):
     bottom: int
 
     def __post_init__(self) -> None:
-        for name in ("top", "bottom"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise TypeError(f"{name} of Hierarchical must be an integer, got {value!r}")
-            if value < 0:
-                raise ValueError(f"{name} of Hierarchical must be at least 0, got {value}")
+        require_integer("top of Hierarchical", self.top, 0)
+        require_integer("bottom of Hierarchical", self.bottom, 0)
 
     @property
     def name(self) -> str:

@@ -11,6 +11,8 @@ from tn_kfac.tensor_network.pattern import Pattern
 MIN_ROWS, MANY_GROUPS = 64, 16
 """Many grams of fewer rows do not make a copy of all windows worth it (all measured)."""
 SMALL_SIDE, SMALL_OPERAND = 64, 1 << 20
+"""Pixels on a side, and entries of the operand, up to which products with patterns are cheaper
+than a copy of windows."""
 
 
 def strided_view(network: Network) -> Network | None:
