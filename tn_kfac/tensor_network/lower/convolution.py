@@ -26,6 +26,8 @@ FEW_SAMPLES, SMALL_GROUPS = 2048, 1 << 18
 so is that of single channels of single examples with fewer pixels."""
 SMALL_IMAGE, MANY_CHANNELS = 64, 384
 """Up to so many positions of so many channels, the patterns cost next to nothing."""
+SMALL_RESULT = 1 << 18
+"""Up to so many entries, patterns place what a kernel of one pixel makes faster than torch does."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +94,9 @@ def _fits(network: Network, call: ConvolutionCall) -> bool:
         wide = channels * out > MANY_WEIGHTS or out >= WIDENING * channels
         few = positions < FEW_POSITIONS or samples < FEW_SAMPLES
         return call.kind == "forward" and not few and not wide
+    if call.kind == "input_vjp" and call.elements(call.axes) <= SMALL_RESULT:
+        if all(axis.kernel_size == 1 for axis in call.spatial):
+            return False
     if positions <= SMALL_IMAGE and min(channels, out) >= MANY_CHANNELS:
         return False
     per_example = call.kind == "weight_vjp" and not call.roles[0][0]
