@@ -1,21 +1,49 @@
 """The table of optimizers that every law is tested on: a new optimizer adds its entries."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from tn_kfac import SINGD
+from tn_kfac import KFAC, SINGD
 
-OPTIMIZERS: dict[str, Callable[..., SINGD]] = {
-    "SINGD diagonal": lambda model, *args, **options: SINGD(
-        model, *args, **({"lr": 0.05, "T": 1, "lr_cov": 0.1, "structure": "diagonal"} | options)
-    ),
-    "SINGD dense": lambda model, *args, **options: SINGD(
-        model, *args, **({"lr": 0.05, "T": 1, "lr_cov": 0.1, "structure": "dense"} | options)
-    ),
+
+@dataclass(frozen=True)
+class Entry:
+    """An optimizer of the table, to be called like its class.
+
+    Attributes:
+        kind: The class.
+        defaults: Options of every test that gives none of its own.
+        gentle: Options for small steps, in tests that say `gentle=True`.
+        scheduled: The option that may be a callable of the step.
+    """
+
+    kind: type[SINGD] | type[KFAC]
+    defaults: dict[str, Any]
+    gentle: dict[str, Any]
+    scheduled: str
+
+    def __call__(self, model: nn.Module, *args: Any, gentle: bool = False, **options: Any) -> Any:
+        given = self.defaults | (self.gentle if gentle else {}) | options
+        return self.kind(model, *args, **given)
+
+
+SLOWLY, HEAVILY = {"lr_cov": 0.02}, {"damping": 1.0}
+SINGD_OPTIONS = {"lr": 0.05, "T": 1, "lr_cov": 0.1}
+KFAC_OPTIONS = {"lr": 0.05, "damping": 0.02, "kl_clip": None, "T_inverse": 2}
+# Of one basis alone: of equal eigenvalues, rounding chooses the basis, and so the step.
+EKFAC = {"ekfac": True, "structure": "diagonal"}
+NEWTON = {"inverse": "newton-schulz", "T_inverse": 1}
+OPTIMIZERS: dict[str, Entry] = {
+    "SINGD diagonal": Entry(SINGD, SINGD_OPTIONS | {"structure": "diagonal"}, SLOWLY, "lr_cov"),
+    "SINGD dense": Entry(SINGD, SINGD_OPTIONS | {"structure": "dense"}, SLOWLY, "lr_cov"),
+    "KFAC": Entry(KFAC, KFAC_OPTIONS, HEAVILY, "damping"),
+    "EKFAC": Entry(KFAC, KFAC_OPTIONS | EKFAC, HEAVILY, "damping"),
+    "KFAC newton-schulz": Entry(KFAC, KFAC_OPTIONS | NEWTON, HEAVILY, "damping"),
 }
 each_optimizer = pytest.mark.parametrize("build", OPTIMIZERS.values(), ids=OPTIMIZERS)
 
@@ -90,8 +118,25 @@ def hooks_on(model: nn.Module) -> int:
     return sum(len(getattr(module, kind)) for module in model.modules() for kind in kinds)
 
 
-def is_identity(factor: Tensor) -> bool:
+def factors_of(state: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """The factors of a layer, from the state of the parameter that owns it."""
+    return (state["K"], state["C"]) if "K" in state else (state["A"], state["G"])
+
+
+def first_factor(state: dict[str, Any]) -> Tensor:
+    """The input's factor."""
+    return factors_of(state)[0]
+
+
+def is_fresh(factor: Tensor) -> bool:
     """Whether a factor, (groups, d) or (groups, d, d), is still what it was at the start."""
-    diagonal = factor.dim() == 2
-    eye = torch.ones_like(factor) if diagonal else torch.eye(factor.shape[-1]).expand_as(factor)
-    return torch.equal(factor, eye.to(factor.dtype))
+    return is_identity(factor) or not factor.any()
+
+
+def is_identity(factor: Tensor) -> bool:
+    """Whether it is still what SINGD starts with; of blocks, (groups, d, b), too."""
+    if factor.dim() == 2:
+        return torch.equal(factor, torch.ones_like(factor))
+    row, column = (torch.arange(size) for size in factor.shape[1:])
+    eye = (row % factor.shape[2])[:, None] == column
+    return torch.equal(factor, eye.expand_as(factor).to(factor.dtype))

@@ -6,7 +6,7 @@ import itertools
 import pytest
 import torch
 from functorch.compile import make_boxed_func
-from optimizers import Mixed, each_optimizer, loss_of, train
+from optimizers import Mixed, each_optimizer, factors_of, is_fresh, loss_of, train
 from torch import nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch import config as functorch_config
@@ -34,8 +34,8 @@ def assert_equal_steps(model, optimizer, twin, oracle, digits, steps=3, **close)
         for key, value in oracle.state[q].items():
             if isinstance(value, torch.Tensor):
                 torch.testing.assert_close(optimizer.state[p][key], value, **close)
-        if "K" in oracle.state[q]:
-            assert optimizer.state[p]["m_K"].any()
+        if oracle.state[q].get("updates"):
+            assert not any(map(is_fresh, factors_of(optimizer.state[p])))
 
 
 @each_optimizer
@@ -136,7 +136,7 @@ def test_autocast_micro_batches_and_discarded_gradients(digits, build):
     """bfloat16 autocast, two backward passes a step, and one whose gradients are dropped."""
     model = Twice()
     twin = copy.deepcopy(model)
-    pairs = [(compiled(model), build(model)), (twin, build(twin))]
+    pairs = [(compiled(model), build(model, gentle=True)), (twin, build(twin, gentle=True))]
     for (net, optimizer), step in itertools.product(pairs, range(3)):
         optimizer.zero_grad()
         for part in (3 * step, 3 * step + 1, 3 * step + 2):

@@ -100,7 +100,9 @@ def test_without_fallback_parameters_are_named_and_left(digits, build):
         optimizer = build(model, fallback=None)
     assert len(caught) == 1
     assert all(name in str(caught[0].message) for name in OTHERS)
-    assert caught[0].filename == build.__code__.co_filename, "the warning points at the caller"
+    assert caught[0].filename == build.__call__.__code__.co_filename, (
+        "the warning points at the caller"
+    )
     before = copied(model)
     train(model, optimizer, digits, range(3))
     assert changed(model, before) == FACTORED

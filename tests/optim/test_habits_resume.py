@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from optimizers import OPTIMIZERS, Mixed, each_optimizer, is_identity, train
+from optimizers import OPTIMIZERS, Mixed, each_optimizer, first_factor, is_fresh, train
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -118,7 +118,7 @@ def test_state_of_two_optimizers_by_names(digits, build):
     for run in runs:
         go(*run, range(3, 6))
     assert all(map(torch.equal, runs[0][0].parameters(), runs[1][0].parameters()))
-    assert not is_identity(runs[1][1][1].state[runs[1][0][3].weight]["K"])
+    assert not is_fresh(first_factor(runs[1][1][1].state[runs[1][0][3].weight]))
 
 
 CONTINUE = """
@@ -156,7 +156,7 @@ def _leaves(value) -> list:
 
 ELSEWHERE = {
     "adamw, reduce": {"stop": 3, "T": 2, "fallback": "adamw", "kfac_approx": "reduce"},
-    "sgd, expand": {"stop": 4, "T": 3, "fallback": "sgd", "lr": 0.013, "normalize_lr_cov": True},
+    "sgd, expand": {"stop": 4, "T": 3, "fallback": "sgd", "lr": 0.013, "gentle": True},
 }
 
 

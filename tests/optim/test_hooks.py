@@ -121,6 +121,8 @@ def test_weights_shared_in_another_way_are_named(build):
     model = TiedEmbedding()
     with pytest.warns(UserWarning, match=r"'embedding' shares parameters with .*head") as caught:
         optimizer = build(model)
-    assert caught[0].filename == build.__code__.co_filename, "the warning points at the caller"
+    assert caught[0].filename == build.__call__.__code__.co_filename, (
+        "the warning points at the caller"
+    )
     assert [group["rule"] for group in optimizer.param_groups] == ["sgd"]
     assert hooks_on(model.head) == 0

@@ -6,7 +6,16 @@ from typing import Any
 
 import pytest
 import torch
-from optimizers import REFUSED, changed, copied, each_optimizer, is_identity, train
+from optimizers import (
+    REFUSED,
+    changed,
+    copied,
+    each_optimizer,
+    factors_of,
+    first_factor,
+    is_fresh,
+    train,
+)
 from reference.networks import DigitNet
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
@@ -122,7 +131,7 @@ def test_model_trains(digits, build, fallback, name):
     assert losses[-1] < 0.9 * losses[0]
     assert changed(model, before) >= set(before) - UNMOVED.get(name, set())
     *_, last = (m for m in model.modules() if isinstance(m, nn.Linear))
-    assert not is_identity(optimizer.state[last.weight]["K"])
+    assert not is_fresh(first_factor(optimizer.state[last.weight]))
 
 
 @each_optimizer
@@ -132,11 +141,13 @@ def test_attention_projections_follow_the_fallback(digits, build):
     with _warned("attention") as caught:
         optimizer = build(model, fallback="adamw")
     assert len(caught) == 1
-    assert caught[0].filename == build.__code__.co_filename, "the warning points at the caller"
+    assert caught[0].filename == build.__call__.__code__.co_filename, (
+        "the warning points at the caller"
+    )
     rules = {p: group["rule"] for group in optimizer.param_groups for p in group["params"]}
     attention = model[1].attention
     assert {rules[p] for p in attention.parameters()} == {"adamw"}
-    assert {rules[p] for p in model[2].parameters()} == {"singd"}
+    assert {rules[p] for p in model[2].parameters()} == {build.kind.rule}
     before = copied(model)
     train(model, optimizer, digits, range(3))
     assert "1.attention.out_proj.weight" in changed(model, before)
@@ -148,7 +159,7 @@ def test_refused_modules_need_no_warning_when_not_wanted(build, name):
     """warn_unsupported=False is silent (warnings are errors here)."""
     model = MODELS[name]()
     optimizer = build(model, warn_unsupported=False)
-    assert {group["rule"] for group in optimizer.param_groups} == {"singd", "sgd"}
+    assert {group["rule"] for group in optimizer.param_groups} == {build.kind.rule, "sgd"}
 
 
 @each_optimizer
@@ -157,15 +168,15 @@ def test_embeddings_have_factors(digits, build, name):
     """K is the diagonal over the tokens, whatever the structure, and follows their counts."""
     model = MODELS[name]()
     optimizer = build(model)
-    assert [group["rule"] for group in optimizer.param_groups] == ["singd"]
+    assert [group["rule"] for group in optimizer.param_groups] == [build.kind.rule]
     before = copied(model)
     train(model, optimizer, digits, range(3))
     assert changed(model, before) == set(before)
-    K, C = (optimizer.state[model[1].weight][name] for name in ("K", "C"))
+    K, C = factors_of(optimizer.state[model[1].weight])
     assert K.shape == (1, 17)
     assert C.shape[:2] == (1, 6)
-    assert not is_identity(K)
-    assert not is_identity(C)
+    assert not is_fresh(K)
+    assert not is_fresh(C)
 
 
 @each_optimizer
@@ -180,7 +191,7 @@ def test_layer_with_a_frozen_parameter(digits, build, frozen):
     trained = "bias" if frozen == "weight" else "weight"
     assert changed(model, before) == {f"1.{trained}"}
     assert losses[-1] < 0.9 * losses[0]
-    K = optimizer.state[getattr(model[1], trained)]["K"]
+    K = first_factor(optimizer.state[getattr(model[1], trained)])
     assert K.shape[-1] == {"bias": 1, "weight": 64}[trained]
 
 
@@ -192,7 +203,7 @@ def test_trained_weight_beside_a_bias_in_no_group(digits, build):
     before = copied(model)
     train(model, optimizer, digits, range(3))
     assert changed(model, before) == {"1.weight"}
-    assert optimizer.state[model[1].weight]["K"].shape[-1] == 64
+    assert first_factor(optimizer.state[model[1].weight]).shape[-1] == 64
 
 
 @each_optimizer

@@ -18,6 +18,7 @@ from tn_kfac.structures import (
     Dense,
     Diagonal,
     Hierarchical,
+    Limited,
     Spec,
     Structure,
     Toeplitz,
@@ -25,7 +26,8 @@ from tn_kfac.structures import (
 )
 
 AUTOS = [Auto(), Auto(1), Auto(64), Auto(10**9)]
-SPECS = [space.structure for space in SPACES.values()] + AUTOS
+LIMITS = [Limited(1), Limited(30), Limited(1, "diagonal"), Limited(30, "diagonal")]
+SPECS = [space.structure for space in SPACES.values()] + AUTOS + LIMITS
 each_spec = pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
 
 
@@ -49,7 +51,8 @@ def test_every_name_is_in_the_table():
     """What users can name is tested here, and has a dense projection to be tested against."""
     tested = {re.sub("[0-9]+", "#", spec.name) for spec in SPECS}
     assert tested == {re.sub("<[a-z]+>", "#", name) for name in NAMES}
-    assert tested == {re.sub(r"\(.*?\)", "#", name) for name in PROJECTIONS}
+    limits = {"dense#blocks", "dense#diagonal"}  # made of structures that are tested
+    assert tested - limits == {re.sub(r"\(.*?\)", "#", name) for name in PROJECTIONS}
 
 
 @given(numbers=st.tuples(st.integers(0, 10**6), st.integers(0, 10**6)))
@@ -80,6 +83,21 @@ def test_auto_has_the_projection_of_its_reference(budget, dim):
     chosen = Auto(budget).for_dim(dim)
     actual = chosen.to_dense(chosen.project_gram(rows))
     torch.testing.assert_close(actual, projection(f"auto{budget}")(rows.mT @ rows))
+
+
+@given(most=st.integers(1, 40), dim=st.integers(1, 60))
+def test_limited_splits_what_is_larger(most, dim):
+    small = dim <= most
+    assert Limited(most).for_dim(dim) == (Dense() if small else BlockDiagonal(most))
+    assert Limited(most, "diagonal").for_dim(dim) == (Dense() if small else Diagonal())
+
+
+@pytest.mark.parametrize(("arguments", "error"), [
+    ((0,), ValueError), ((True,), TypeError), ((2.5,), TypeError), ((3, "dense"), ValueError),
+])  # fmt: skip
+def test_limits_are_checked(arguments, error):
+    with pytest.raises(error, match="Limited|beyond"):
+        Limited(*arguments)
 
 
 def test_auto_as_it_is():

@@ -29,6 +29,19 @@ def test_inverse_root(space, batch, dim, seed):
     torch.testing.assert_close(root @ root.mT @ spec.to_dense(matrix), eye, rtol=1e-8, atol=1e-8)
 
 
+@pytest.mark.parametrize("space", HAVE_ROOTS.values(), ids=HAVE_ROOTS)
+@given(**drawn)
+def test_blocks(space, batch, dim, seed):
+    """Blocks hold all entries, in the order of the rows, and give the matrix back."""
+    spec, matrix = space.structure, positive(space, batch, dim, seed)
+    blocks = spec.blocks(matrix)
+    assert spec.invertible and sum(part.shape[-3] * part.shape[-1] for part in blocks) == dim
+    each = [[block for part in blocks for block in part[at]] for at in range(batch)]
+    dense = torch.stack([torch.block_diag(*diagonal) for diagonal in each])
+    torch.testing.assert_close(dense, spec.to_dense(matrix), rtol=0, atol=0)
+    torch.testing.assert_close(spec.from_blocks(blocks), matrix, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("space", HAVE_ROOTS.values(), ids=HAVE_ROOTS)
 def test_root_of_what_is_not_positive_is_not_finite(space, dtype):
@@ -42,6 +55,7 @@ def test_root_of_what_is_not_positive_is_not_finite(space, dtype):
 
 
 def test_other_spaces_have_no_roots():
+    assert {name for name, space in SPACES.items() if space.structure.invertible} == set(HAVE_ROOTS)
     others = {name for name, space in SPACES.items()
               if space.structure.inverse_root(space.structure.eye(1, 3, DTYPE, torch.device("cpu")))
               is None}  # fmt: skip

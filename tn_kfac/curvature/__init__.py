@@ -4,13 +4,14 @@ from tn_kfac.curvature.compiled import forget_compiled
 from tn_kfac.curvature.estimate import kronecker_factors
 from tn_kfac.curvature.operators import to_curvlinops
 from tn_kfac.curvature.sites import Refusal, Site, find_sites, untold
-from tn_kfac.curvature.statistics import Factors, Recipe, statistics
+from tn_kfac.curvature.statistics import Factors, Measured, Recipe, statistics
 from tn_kfac.curvature.tap import ForwardScope, LayerTap
 
 __all__ = [
     "Factors",
     "ForwardScope",
     "LayerTap",
+    "Measured",
     "Recipe",
     "Refusal",
     "Site",

@@ -52,6 +52,7 @@ def statistics(
     saved: Sequence[Tensor],
     input_shape: Sequence[int],
     output_shape: Sequence[int],
+    moments_shape: Sequence[int],
     dtype: torch.dtype,
 ) -> list[Tensor]:
     """The statistics of one call of a layer; zeros, where none are wanted.
@@ -61,7 +62,7 @@ def statistics(
     """
     tap = _taps[key]
     if not tap.recording:
-        return _like(gradient, input_shape, output_shape, dtype)
+        return _like(gradient, (input_shape, output_shape, (2,), moments_shape), dtype)
     tap.forget_discarded()
     return [part.contiguous() for part in tap.measure(tuple(saved), gradient, first)]
 
@@ -74,17 +75,15 @@ def _(
     saved: Sequence[Tensor],
     input_shape: Sequence[int],
     output_shape: Sequence[int],
+    moments_shape: Sequence[int],
     dtype: torch.dtype,
 ) -> list[Tensor]:
-    return _like(gradient, input_shape, output_shape, dtype)
+    return _like(gradient, (input_shape, output_shape, (2,), moments_shape), dtype)
 
 
-def _like(
-    gradient: Tensor, input_shape: Sequence[int], output_shape: Sequence[int], dtype: torch.dtype
-) -> list[Tensor]:
-    """Zeros of the shapes of A, G and the counts."""
-    shapes = (input_shape, output_shape, (2,))
-    return [gradient.new_zeros(tuple(shape), dtype=dtype) for shape in shapes]
+def _like(gradient: Tensor, shapes: Sequence[Sequence[int]], dtype: torch.dtype) -> list[Tensor]:
+    """Zeros of the shapes of A, G, the counts, and moments if there are any."""
+    return [gradient.new_zeros(tuple(shape), dtype=dtype) for shape in shapes if shape]
 
 
 class TracedTap(torch.autograd.Function):
@@ -96,8 +95,9 @@ class TracedTap(torch.autograd.Function):
         """Return a copy of `output`, which the compiler fuses away; save `count` tensors."""
         ctx.save_for_backward(*tensors[:count])
         ctx.key, ctx.first = key, first
-        input_probe, output_probe, _ = tensors[count:]
-        ctx.shapes, ctx.dtype = (input_probe.shape, output_probe.shape), input_probe.dtype
+        input_probe, output_probe, _, *moments = tensors[count:]
+        last = moments[0].shape if moments else ()
+        ctx.shapes, ctx.dtype = (input_probe.shape, output_probe.shape, last), input_probe.dtype
         return output.clone()
 
     @staticmethod

@@ -18,6 +18,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from tn_kfac.curvature.moments import second_moments
 from tn_kfac.layers.base import Ask, Layer, Saved
 from tn_kfac.structures import Dense, Diagonal, Spec, Structure
 from tn_kfac.tensor_network.rows import Approx
@@ -40,6 +41,23 @@ class Factors(NamedTuple):
     G: Tensor
 
 
+class Measured(NamedTuple):
+    """All that was measured of a layer.
+
+    factors: The Kronecker factors.
+    moments: The sum of the squares of each example's gradient, normalised as G is, in the basis
+       that they were measured in, (groups, d_out, d_in [+ 1]); None if they were not.
+    """
+
+    factors: Factors
+    moments: Tensor | None
+
+    def unscaled(self, scale: Tensor) -> Measured:
+        """The same of a loss that was multiplied by `scale`, without that."""
+        factors = Factors(self.factors.A, self.factors.G / scale**2)
+        return Measured(factors, None if self.moments is None else self.moments / scale**2)
+
+
 @dataclass(frozen=True)
 class Recipe:
     """Which statistics of a layer to form: its geometry and the choices of the user.
@@ -54,6 +72,7 @@ class Recipe:
         structures: Of the input's and the output gradient's factor, as the user chose them.
         fisher: What the gradients are (`fisher` says more).
         every: Of how many samples one is measured.
+        moments: Whether to measure second moments in a basis too (EKFAC); of layers with rows.
     """
 
     layer: Layer
@@ -64,6 +83,7 @@ class Recipe:
     structures: tuple[Spec, Spec]
     fisher: Fisher = "empirical"
     every: int = 1
+    moments: bool = False
 
     @property
     def input_structure(self) -> Structure:
@@ -89,29 +109,35 @@ class Recipe:
         """Dimension of G."""
         return self.layer.dims(self.has_weight, self.has_bias)[1]
 
-    def shapes(self) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-        """Shapes of the statistics: A, G, and the counts (rows, loss terms)."""
+    def shapes(self) -> tuple[tuple[int, ...], ...]:
+        """Shapes of the statistics: A, G, the counts (rows, loss terms), moments if any."""
         groups = self.layer.groups
         input_shape = self.input_structure.coordinate_shape(self.dim_in)
         output_shape = self.output_structure.coordinate_shape(self.dim_out)
-        return (groups, *input_shape), (groups, *output_shape), (2,)
+        shapes = ((groups, *input_shape), (groups, *output_shape), (2,))
+        return (*shapes, (groups, self.dim_out, self.dim_in)) if self.moments else shapes
 
     def normalise(self, A: Tensor, G: Tensor, counts: Tensor, basis: Basis = None) -> Factors:
         """Factors from summed statistics: A over its rows, G by the terms of the loss.
 
         `basis` is what `statistics` was given.
+        """
+        A = A / counts[0].clamp(min=1)  # an empty batch has no rows
+        if self.fisher == "forward-only":
+            return Factors(A, _identity(self.output_structure, basis and basis[1], self.dim_out, G))
+        return Factors(A, self.per_term(G, counts))
+
+    def per_term(self, total: Tensor, counts: Tensor) -> Tensor:
+        """A sum of products of gradients, by the terms of the loss.
 
         This is the one place where a mean loss is accounted for: its gradients carry
         1/N each, so their outer products carry 1/N² and their sum wants a factor N. Gradients
         of another Fisher carry no such factor: their sum is divided by what the loss is.
         """
-        rows, terms = counts.unbind()
-        A = A / rows.clamp(min=1)  # an empty batch has no rows
-        if self.fisher == "forward-only":
-            return Factors(A, _identity(self.output_structure, basis and basis[1], self.dim_out, G))
+        terms = counts[1]
         if self.fisher != "empirical":
-            return Factors(A, G / torch.where(terms > 0, terms, torch.ones_like(terms)))
-        return Factors(A, G if self.loss_average is None else G * terms)
+            return total / torch.where(terms > 0, terms, torch.ones_like(terms))
+        return total if self.loss_average is None else total * terms
 
     def ask(self, dtype: torch.dtype) -> Ask:
         """What the layer is asked for."""
@@ -134,8 +160,8 @@ def statistics(
     with_input: bool = True,
     basis: Basis = None,
     turn: int = 0,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(A, G, counts) of one call of a layer, unnormalised, in `dtype`.
+) -> tuple[Tensor, ...]:
+    """(A, G, counts, moments if any) of one call of a layer, unnormalised, in `dtype`.
 
     Args:
         recipe: What to form.
@@ -146,7 +172,7 @@ def statistics(
             later calls add rows, but no samples.
         with_input: Whether to form A; without, its rows are none.
         basis: K and C of structures that read rows: A is Π(Kᵀ A K) for them, G Π(Cᵀ G C).
-            Without, they are identities.
+            Without, they are identities. For moments, the basis that these are taken in.
         turn: Which sample of each `recipe.every` is measured.
     """
     layer, ask = recipe.layer, recipe.ask(dtype)
@@ -161,7 +187,7 @@ def statistics(
     rows = measured * positions if recipe.approx == "expand" else measured
     counts = gradient.new_full((2,), rows * with_input)
     counts[1] = terms * first_use if recipe.fisher == "empirical" else 0
-    K, C = basis or (None, None)
+    K, C = (None, None) if basis is None or recipe.moments else basis
     if recipe.fisher == "forward-only":
         G = gradient.new_zeros(recipe.shapes()[1])
     elif ask.output == "rows":
@@ -169,9 +195,14 @@ def statistics(
     else:
         G = layer.gradient_factor(saved, gradient, ask)
     G = G * (samples / measured) if measured < samples else G
+    more: tuple[Tensor, ...] = ()
+    if recipe.moments:
+        spaces = (recipe.input_structure, recipe.output_structure)
+        found = second_moments(layer, ask, saved, gradient, spaces, basis)
+        more = (found * (samples / measured) if measured < samples else found,)
     if not with_input:
-        return gradient.new_zeros(recipe.shapes()[0]), G, counts
-    return _input_statistic(recipe, saved, gradient, rows, ask, K), G, counts
+        return gradient.new_zeros(recipe.shapes()[0]), G, counts, *more
+    return _input_statistic(recipe, saved, gradient, rows, ask, K), G, counts, *more
 
 
 def _projected(space: Structure, parts: Iterable[Tensor], K: Tensor | None) -> Tensor:

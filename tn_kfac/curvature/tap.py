@@ -18,7 +18,7 @@ from torch.autograd import forward_ad
 from torch.utils.hooks import RemovableHandle
 
 from tn_kfac.curvature.compiled import register, traced_tap
-from tn_kfac.curvature.statistics import Basis, Factors, Recipe, statistics
+from tn_kfac.curvature.statistics import Basis, Factors, Measured, Recipe, statistics
 from tn_kfac.layers.base import Saved
 
 OF_THE_LOSS = ("empirical", "forward-only")
@@ -184,7 +184,7 @@ class LayerTap:
 
     @property
     def probes(self) -> tuple[Tensor, ...]:
-        """The leaves whose gradients are the statistics: A, G and the counts; none yet: ()."""
+        """The leaves whose gradients are the statistics, in `Recipe.shapes`; none yet: ()."""
         return self._probes
 
     @property
@@ -196,8 +196,16 @@ class LayerTap:
         """The normalised factors of all backward passes since `clear`, None without one."""
         if not self.has_statistics:
             return None
-        sums = [probe.grad for probe in self._probes]
-        return self.recipe.normalise(*sums, basis=self.basis)  # type: ignore[arg-type]
+        A, G, counts = (probe.grad for probe in self._probes[:3])
+        return self.recipe.normalise(A, G, counts, self.basis)  # type: ignore[arg-type]
+
+    def measured(self) -> Measured | None:
+        """The factors, with second moments if they are measured; None without a backward pass."""
+        factors = self.factors()
+        if factors is None or not self.recipe.moments:
+            return None if factors is None else Measured(factors, None)
+        counts, moments = (probe.grad for probe in self._probes[2:])
+        return Measured(factors, self.recipe.per_term(moments, counts))  # type: ignore[arg-type]
 
     def clear(self) -> None:
         """Forget all statistics."""

@@ -1,5 +1,6 @@
 """Optimizers."""
 
+from tn_kfac.optim.kfac import KFAC
 from tn_kfac.optim.singd import SINGD
 
-__all__ = ["SINGD"]
+__all__ = ["KFAC", "SINGD"]

@@ -7,13 +7,13 @@ A subclass says how the factors of one layer are updated and how they preconditi
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from tn_kfac.curvature import Factors, Recipe
+from tn_kfac.curvature import Measured, Recipe
 from tn_kfac.optim import checkpoint, checks
 from tn_kfac.optim.binding import Binding
 from tn_kfac.optim.groups import Group
@@ -28,18 +28,35 @@ class KroneckerOptimizer(HookedOptimizer):
     """A hooked optimizer that preconditions layers with Kronecker factors."""
 
     built_in: ClassVar[tuple[str, ...]] = ("structure", "kfac_approx", "loss_average", "fisher")
+    factor_names: ClassVar[tuple[str, str]]
+    option_checks: ClassVar[dict[str, checks.Check]] = {
+        "T": checks.intervals,
+        "loss_average": lambda n, v: checks.one_of(n, v, (None, "batch", "batch+sequence")),
+        "structure": lambda name, value: checks.structures(value),
+        "kfac_approx": lambda n, v: checks.one_of(n, v, ("expand", "reduce")),
+        "fisher": lambda n, v: checks.one_of(n, v, ("empirical", "mc", "type-2", "forward-only")),
+        "preconditioner_dtype": lambda name, value: checks.dtype_pair(value),
+        "exponent": lambda n, v: checks.one_of(n, v, (1, 0.5)),
+        "precondition": lambda n, v: checks.one_of(n, v, ("gradient", "momentum")),
+        "graft": lambda n, v: checks.one_of(n, v, (None, "sgd", "adamw")),
+        "update_rms": checks.optional,
+        "kl_clip": checks.optional,
+        "curvature_fraction": checks.fraction,
+        "warmup": lambda name, value: checks.interval(name, value, least=0),
+    }
 
     @abstractmethod
-    def _new_state(
-        self, recipe: Recipe, dtypes: tuple[torch.dtype, torch.dtype], device: torch.device
-    ) -> dict[str, Tensor]:
+    def _new_state(self, binding: Binding, group: Group, device: torch.device) -> dict[str, Any]:
         """Fresh factors of a layer."""
 
     @abstractmethod
     def _update_factors(
-        self, state: dict[str, Any], factors: Factors, recipe: Recipe, group: Group
+        self, state: dict[str, Any], captured: Measured, binding: Binding, group: Group
     ) -> None:
         """Update a layer's factors, in its state, from new curvature."""
+
+    def _refresh(self, active: Sequence[tuple[Binding, Group]]) -> None:
+        """Whatever follows from the factors of all layers of this step, done together."""
 
     @abstractmethod
     def _precondition(
@@ -47,8 +64,8 @@ class KroneckerOptimizer(HookedOptimizer):
     ) -> Tensor:
         """The preconditioned joint gradient, (groups, d_out, d_in [+1])."""
 
-    def _basis(self, state: dict[str, Any]) -> tuple[Tensor, Tensor] | None:
-        """K and C of a layer's state, if structures that read rows are to be projected by them."""
+    def _basis(self, binding: Binding, state: dict[str, Any]) -> tuple[Tensor, Tensor] | None:
+        """What the next backward pass measures a layer in: K and C, or Q_A and Q_G, if any."""
         return None
 
     @torch.no_grad()
@@ -68,10 +85,16 @@ class KroneckerOptimizer(HookedOptimizer):
         if not found_inf(self):
             groups = {p: group for group in self.param_groups for p in group["params"]}
             directions: dict[Tensor, Tensor] = {}
+            active = [
+                (b, groups[b.parameters[0]])
+                for b in self._bindings
+                if any(p.grad is not None for p in b.parameters)
+            ]
             check_measured(self._bindings, lambda b: self._is_due(b, groups[b.parameters[0]]))
-            for binding in self._bindings:
-                group = groups[binding.parameters[0]]
-                directions |= self._layer_directions(binding, group, scale)
+            counted = [self._take_in(binding, group, scale) for binding, group in active]
+            self._refresh(active)
+            for (binding, group), counts in zip(active, counted, strict=True):
+                directions |= self._layer_directions(binding, group, counts)
             for group in self.param_groups:
                 self._write(group, directions)
         for binding in self._bindings:
@@ -85,28 +108,49 @@ class KroneckerOptimizer(HookedOptimizer):
         step: int = state.get("step", 0)
         return step % T == 0 if isinstance(T, int) else step >= state.get("due", 0)
 
-    def _layer_directions(
-        self, binding: Binding, group: Group, scale: Tensor | None
-    ) -> dict[Tensor, Tensor]:
-        """Directions of one layer's parameters, after an update of its factors if that is due."""
-        matrix = binding.gradient_matrix(lambda p, g: self._smoothed(p, g, group))
-        if matrix is None:
-            return {}
-        state, recipe = self.state[binding.parameters[0]], binding.tap.recipe
+    def _take_in(self, binding: Binding, group: Group, scale: Tensor | None) -> bool:
+        """Update a layer's factors if that is due; whether the step counts for it."""
+        parameter = binding.parameters[0]
+        state = self.state[parameter]
         if "step" not in state:
-            state |= {"step": 0} | self._new_state(recipe, binding.dtypes, matrix.device)
-        due = self._is_due(binding, group)
-        factors = binding.tap.factors() if due else None
-        if factors is not None:
-            if scale is not None and recipe.fisher == "empirical":
-                factors = Factors(factors.A, factors.G / scale**2)
-            self._update_factors(state, factors, recipe, group)
-            self._count_update(state, group)
+            state |= {"step": 0} | self._new_state(binding, group, parameter.device)
+        if not self._is_due(binding, group):
+            return True
+        measured = binding.tap.measured()
+        if measured is None:
+            return False  # what is due stays due
+        if scale is not None and binding.tap.recipe.fisher == "empirical":
+            measured = measured.unscaled(scale)
+        self._update_factors(state, measured, binding, group)
+        self._count_update(state, group)
+        return True
+
+    def _layer_directions(
+        self, binding: Binding, group: Group, counts: bool
+    ) -> dict[Tensor, Tensor]:
+        """Directions of one layer's parameters, by its newest factors."""
+        state = self.state[binding.parameters[0]]
+        matrix = binding.gradient_matrix(lambda p, g: self._smoothed(p, g, group))
         waits = state["step"] < group["warmup"]
+        recipe = binding.tap.recipe
         direction = matrix if waits else self._precondition(state, matrix, recipe, group)
-        state["step"] += not due or factors is not None  # what is due stays due
+        state["step"] += counts
         self._tell(binding, group)
         return binding.directions(lengthened(direction, matrix, state, group))
+
+    def _checked(self, options: Group) -> Group:
+        options = super()._checked(options)
+        if options["graft"] is not None and options["update_rms"] is not None:
+            raise ValueError(
+                f"graft={options['graft']!r} and update_rms={options['update_rms']} both set the "
+                "length of an update: give one"
+            )
+        if options["graft"] == "adamw" and options["nesterov"]:
+            raise ValueError(
+                "graft='adamw' has AdamW's averaged momentum, which nesterov=True would lengthen: "
+                "give one"
+            )
+        return options
 
     def _count_update(self, state: dict[str, Any], group: Group) -> None:
         """Note that factors were updated, and when they are next, if `T` is a callable."""
@@ -121,7 +165,7 @@ class KroneckerOptimizer(HookedOptimizer):
         """Tell a layer's tap what the next backward pass measures."""
         state, tap = self.state[binding.parameters[0]], binding.tap
         tap.enabled = self._is_due(binding, group)
-        tap.basis = self._basis(state) if "step" in state else None
+        tap.basis = self._basis(binding, state) if "step" in state else None
         tap.turn = state.get("updates", 0)
 
     def _smoothed(self, parameter: Tensor, gradient: Tensor, group: Group) -> Tensor:
@@ -155,7 +199,8 @@ class KroneckerOptimizer(HookedOptimizer):
             ValueError: If the state belongs to another model or other structures; nothing
                 is changed then.
         """
-        checkpoint.check_compatible(state_dict, self.param_groups, self._expected_shapes())
+        expected = self._expected_shapes()
+        checkpoint.check_compatible(state_dict, self.param_groups, expected, self.factor_names)
         checkpoint.check_options(state_dict, self.param_groups, self.built_in)
         callables = [{k: v for k, v in g.items() if callable(v)} for g in self.param_groups]
         super().load_state_dict(checkpoint.detached(state_dict))
@@ -169,10 +214,12 @@ class KroneckerOptimizer(HookedOptimizer):
     def _expected_shapes(self) -> dict[Tensor, dict[str, torch.Size]]:
         """Shapes of the factors of each layer, by the parameter that owns them."""
         meta = torch.device("meta")
-        return {
-            b.parameters[0]: {
-                key: value.shape
-                for key, value in self._new_state(b.tap.recipe, b.dtypes, meta).items()
-            }
+        groups = {p: group for group in self.param_groups for p in group["params"]}
+        fresh = {
+            b.parameters[0]: self._new_state(b, groups[b.parameters[0]], meta)
             for b in self._bindings
+        }
+        return {
+            parameter: {key: v.shape for key, v in state.items() if isinstance(v, Tensor)}
+            for parameter, state in fresh.items()
         }

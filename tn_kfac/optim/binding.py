@@ -37,14 +37,12 @@ class Binding:
         self.tap.probes_on(self.parameters[0].device)
         return self.site.attach(self.tap)
 
-    def gradient_matrix(self, smooth: Callable[[Parameter, Tensor], Tensor]) -> Tensor | None:
-        """The joint gradient (groups, d_out, d_in [+1]); None if no parameter has one.
+    def gradient_matrix(self, smooth: Callable[[Parameter, Tensor], Tensor]) -> Tensor:
+        """The joint gradient (groups, d_out, d_in [+1]).
 
         A parameter without a gradient counts as one with gradient zero; the others go
         through `smooth`.
         """
-        if all(p.grad is None for p in self.parameters):
-            return None
         pair = (self.weight, self.bias)
         weight, bias = (
             None if p is None else torch.zeros_like(p) if p.grad is None else smooth(p, p.grad)
@@ -134,6 +132,7 @@ def _binding(site: Site, trained: list[Parameter], group: dict[str, Any]) -> Bin
         (input_structure, output_structure),
         group["fisher"],
         fraction("curvature_fraction", group["curvature_fraction"]),
+        group.get("ekfac") == "exact" and site.layer.structured and not site.layer.diagonal_input,
     )
     default = torch.promote_types(trained[0].dtype, torch.float32)
     dtypes = [dtype or default for dtype in group["preconditioner_dtype"]]

@@ -28,6 +28,7 @@ def check_compatible(
     state_dict: Mapping[str, Any],
     groups: list[dict[str, Any]],
     expected: Mapping[Tensor, Mapping[str, torch.Size]],
+    required: tuple[str, ...],
 ) -> None:
     """Check that a saved state fits the optimizer's groups and factors.
 
@@ -47,7 +48,7 @@ def check_compatible(
         )
     for name, param, state in _matched(state_dict, groups):
         for key, shape in expected.get(param, {}).items():
-            if (key not in state and key in ("K", "C")) or "step" not in state:
+            if (key not in state and key in required) or "step" not in state:
                 missing = key if key not in state else "step"
                 raise ValueError(f"state_dict holds no {missing} for parameter {name}")
             if key in state and tuple(state[key].shape) != tuple(shape):

@@ -160,3 +160,18 @@ def check(options: Mapping[str, object], checks: Mapping[str, Check]) -> None:
     for name, test in checks.items():
         if name in options:
             test(name, options[name])
+
+
+def damping(name: str, value: Any) -> None:
+    """A number, a pair (for A, for G), or a callable of the step."""
+    if isinstance(value, (tuple, list)):
+        for part in pair(name, value):
+            number(name, part)
+    else:
+        schedule(name, value)
+
+
+def optional_interval(name: str, value: object) -> None:
+    """None, or a positive integer."""
+    if value is not None:
+        interval(name, value)

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from tn_kfac.curvature import Factors, Recipe
+from tn_kfac.curvature import Measured, Recipe
 from tn_kfac.curvature.statistics import Fisher
 from tn_kfac.optim import checks
 from tn_kfac.optim.base import KroneckerOptimizer
@@ -116,27 +116,15 @@ class SINGD(KroneckerOptimizer):
     """
 
     rule: ClassVar[str] = "singd"
-    option_checks: ClassVar[dict[str, checks.Check]] = {
+    factor_names: ClassVar[tuple[str, str]] = ("K", "C")
+    option_checks: ClassVar[dict[str, checks.Check]] = KroneckerOptimizer.option_checks | {
         "damping": checks.number,
         "alpha1": lambda name, value: checks.number(name, value, below=1.0),
-        "T": checks.intervals,
         "lr_cov": checks.schedule,
-        "loss_average": lambda n, v: checks.one_of(n, v, (None, "batch", "batch+sequence")),
-        "structure": lambda name, value: checks.structures(value),
-        "kfac_approx": lambda n, v: checks.one_of(n, v, ("expand", "reduce")),
-        "fisher": lambda n, v: checks.one_of(n, v, ("empirical", "mc", "type-2", "forward-only")),
         "kfac_like": checks.flag,
         "normalize_lr_cov": checks.flag,
-        "preconditioner_dtype": lambda name, value: checks.dtype_pair(value),
         "init": lambda n, v: checks.one_of(n, v, ("identity", "curvature")),
-        "exponent": lambda n, v: checks.one_of(n, v, (1, 0.5)),
         "factor_clip": checks.optional,
-        "precondition": lambda n, v: checks.one_of(n, v, ("gradient", "momentum")),
-        "graft": lambda n, v: checks.one_of(n, v, (None, "sgd", "adamw")),
-        "update_rms": checks.optional,
-        "kl_clip": checks.optional,
-        "curvature_fraction": checks.fraction,
-        "warmup": lambda name, value: checks.interval(name, value, least=0),
     }
 
     def __init__(
@@ -210,30 +198,15 @@ class SINGD(KroneckerOptimizer):
         }
         super().__init__(model, params, options, warn_unsupported, norms)
 
-    def _new_state(
-        self, recipe: Recipe, dtypes: tuple[torch.dtype, torch.dtype], device: torch.device
-    ) -> dict[str, Tensor]:
+    def _new_state(self, binding: Binding, group: Group, device: torch.device) -> dict[str, Any]:
+        recipe, dtypes = binding.tap.recipe, binding.dtypes
         groups = recipe.layer.groups
         K = recipe.input_structure.eye(groups, recipe.dim_in, dtypes[0], device)
         C = recipe.output_structure.eye(groups, recipe.dim_out, dtypes[1], device)
         return {"K": K, "C": C, "m_K": torch.zeros_like(K), "m_C": torch.zeros_like(C)}
 
-    def _basis(self, state: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    def _basis(self, binding: Binding, state: dict[str, Any]) -> tuple[Tensor, Tensor]:
         return state["K"], state["C"]
-
-    def _checked(self, options: Group) -> Group:
-        options = super()._checked(options)
-        if options["graft"] is not None and options["update_rms"] is not None:
-            raise ValueError(
-                f"graft={options['graft']!r} and update_rms={options['update_rms']} both set the "
-                "length of an update: give one"
-            )
-        if options["graft"] == "adamw" and options["nesterov"]:
-            raise ValueError(
-                "graft='adamw' has AdamW's averaged momentum, which nesterov=True would lengthen: "
-                "give one"
-            )
-        return options
 
     def _check_binding(self, binding: Binding, group: Group) -> None:
         recipe = binding.tap.recipe
@@ -246,10 +219,10 @@ class SINGD(KroneckerOptimizer):
             )
 
     def _update_factors(
-        self, state: dict[str, Any], factors: Factors, recipe: Recipe, group: Group
+        self, state: dict[str, Any], captured: Measured, binding: Binding, group: Group
     ) -> None:
-        K, C = state["K"], state["C"]
-        A, G = factors.A.to(K.dtype), factors.G.to(C.dtype)
+        K, C, recipe = state["K"], state["C"], binding.tap.recipe
+        A, G = captured.factors.A.to(K.dtype), captured.factors.G.to(C.dtype)
         sides = {
             "K": measured(recipe.input_structure, K, A, recipe.dim_in),
             "C": measured(recipe.output_structure, C, G, recipe.dim_out),

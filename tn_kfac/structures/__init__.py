@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 
-from tn_kfac.structures.auto import Auto
+from tn_kfac.structures.auto import Auto, Limited
 from tn_kfac.structures.base import Spec, Structure
 from tn_kfac.structures.block_diagonal import BlockDiagonal
 from tn_kfac.structures.dense import Dense
@@ -21,6 +21,7 @@ __all__ = [
     "Dense",
     "Diagonal",
     "Hierarchical",
+    "Limited",
     "Spec",
     "Structure",
     "Toeplitz",
@@ -32,6 +33,8 @@ NAMES: dict[str, Callable[..., Spec]] = {
     "diagonal": Diagonal,
     "auto": Auto,
     "auto<budget>": Auto,
+    "dense<most>blocks": Limited,
+    "dense<most>diagonal": lambda most: Limited(most, "diagonal"),
     "block<size>diagonal": BlockDiagonal,
     "hierarchical<top>_<bottom>": Hierarchical,
     "triltoeplitz": lambda: Toeplitz("lower"),

@@ -1,8 +1,9 @@
-"""The structure that a memory budget allows."""
+"""The structure that a budget of memory, or of work, allows."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from tn_kfac.structures.base import Spec, Structure, require_integer
 from tn_kfac.structures.block_diagonal import BlockDiagonal
@@ -36,3 +37,32 @@ class Auto(Spec):
             return Dense()
         size = self.budget // dim
         return BlockDiagonal(size) if size >= LEAST_BLOCK else Diagonal()
+
+
+@dataclass(frozen=True)
+class Limited(Spec):
+    """Dense factors up to a size, larger ones in blocks of that size, or diagonal.
+
+    For optimizers that decompose factors, which costs O(d³).
+
+    Attributes:
+        most: The most rows of a dense factor or block.
+        beyond: What larger factors are.
+    """
+
+    most: int
+    beyond: Literal["blocks", "diagonal"] = "blocks"
+
+    def __post_init__(self) -> None:
+        require_integer("most of Limited", self.most, 1)
+        if self.beyond not in ("blocks", "diagonal"):
+            raise ValueError(f"beyond must be 'blocks' or 'diagonal', got {self.beyond!r}")
+
+    @property
+    def name(self) -> str:
+        return f"dense{self.most}{self.beyond}"
+
+    def for_dim(self, dim: int) -> Structure:
+        if dim <= self.most:
+            return Dense()
+        return BlockDiagonal(self.most) if self.beyond == "blocks" else Diagonal()

@@ -13,6 +13,7 @@ for symmetric matrices X = M + Mᵀ of the space's M (https://arxiv.org/abs/2312
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import ClassVar, Literal
 
 import torch
@@ -54,9 +55,12 @@ class Structure(Spec):
     Attributes:
         reads: What Π(Kᵀ H K) of a gram H = Σ r rᵀ is formed from: the diagonal of H, the gram
             itself, or its rows r, which are projected one by one and H is never formed.
+        invertible: Whether inverses, roots and eigenvectors of the space's symmetric matrices
+            are in the space: they are those of its `blocks`.
     """
 
     reads: ClassVar[Reads] = "rows"
+    invertible: ClassVar[bool] = False
 
     def for_dim(self, dim: int) -> Structure:
         return self
@@ -124,6 +128,17 @@ class Structure(Spec):
         positive.
         """
         return None
+
+    def blocks(self, matrix: Tensor) -> tuple[Tensor, ...]:
+        """The square blocks along the diagonal that hold all entries, (*batch, count, b, b).
+
+        One tensor for each size b, in the order of the rows.
+        """
+        raise AssertionError(f"{self.name} has no blocks")
+
+    def from_blocks(self, blocks: Sequence[Tensor]) -> Tensor:
+        """The inverse of `blocks`."""
+        raise AssertionError(f"{self.name} has no blocks")
 
     def scale(self, matrix: Tensor, factors: Tensor) -> Tensor:
         """Each matrix times its own factor; `factors` has shape (*batch)."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -22,6 +24,8 @@ class BlockDiagonal(Structure):
     Attributes:
         size: b.
     """
+
+    invertible: ClassVar[bool] = True
 
     size: int
 
@@ -68,6 +72,18 @@ class BlockDiagonal(Structure):
                 [blocks[..., :-1, :, :], blocks[..., -1:, :, :] + filler.diag()], dim=-3
             )
         return _rows(inverse_cholesky(blocks), dim)
+
+    def blocks(self, matrix: Tensor) -> tuple[Tensor, ...]:
+        dim, size = matrix.shape[-2:]
+        rest = dim % size
+        whole = matrix.narrow(-2, 0, dim - rest).unflatten(-2, (-1, size))
+        last = matrix.narrow(-2, dim - rest, rest)[..., None, :, :rest]
+        return (whole, last) if rest else (whole,)
+
+    def from_blocks(self, blocks: Sequence[Tensor]) -> Tensor:
+        size = blocks[0].shape[-1]
+        parts = (pad(part, (0, size - part.shape[-1])).flatten(-3, -2) for part in blocks)
+        return torch.cat(list(parts), dim=-2)
 
     def to_dense(self, matrix: Tensor) -> Tensor:
         dim, size = matrix.shape[-2:]

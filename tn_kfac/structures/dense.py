@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -16,6 +17,7 @@ class Dense(Structure):
     """All d×d matrices; Π is the identity. Products cost O(d³)."""
 
     reads: ClassVar[Reads] = "gram"
+    invertible: ClassVar[bool] = True
 
     @property
     def name(self) -> str:
@@ -56,6 +58,12 @@ class Dense(Structure):
 
     def inverse_root(self, matrix: Tensor) -> Tensor:
         return inverse_cholesky(matrix)
+
+    def blocks(self, matrix: Tensor) -> tuple[Tensor, ...]:
+        return (matrix[..., None, :, :],)
+
+    def from_blocks(self, blocks: Sequence[Tensor]) -> Tensor:
+        return blocks[0].squeeze(-3)
 
     def to_dense(self, matrix: Tensor) -> Tensor:
         return matrix

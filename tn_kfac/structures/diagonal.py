@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -16,6 +17,7 @@ class Diagonal(Structure):
     """Diagonal d×d matrices; Π keeps the diagonal. Every operation costs O(d)."""
 
     reads: ClassVar[Reads] = "diagonal"
+    invertible: ClassVar[bool] = True
 
     @property
     def name(self) -> str:
@@ -56,6 +58,12 @@ class Diagonal(Structure):
 
     def inverse_root(self, matrix: Tensor) -> Tensor:
         return matrix.rsqrt()
+
+    def blocks(self, matrix: Tensor) -> tuple[Tensor, ...]:
+        return (matrix[..., None, None],)
+
+    def from_blocks(self, blocks: Sequence[Tensor]) -> Tensor:
+        return blocks[0][..., 0, 0]
 
     def to_dense(self, matrix: Tensor) -> Tensor:
         return torch.diag_embed(matrix)

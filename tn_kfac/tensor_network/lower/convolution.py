@@ -94,9 +94,9 @@ def _fits(network: Network, call: ConvolutionCall) -> bool:
         wide = channels * out > MANY_WEIGHTS or out >= WIDENING * channels
         few = positions < FEW_POSITIONS or samples < FEW_SAMPLES
         return call.kind == "forward" and not few and not wide
-    if call.kind == "input_vjp" and call.elements(call.axes) <= SMALL_RESULT:
-        if all(axis.kernel_size == 1 for axis in call.spatial):
-            return False
+    small = call.kind == "input_vjp" and call.elements(call.axes) <= SMALL_RESULT
+    if small and all(axis.kernel_size == 1 for axis in call.spatial):
+        return False
     if positions <= SMALL_IMAGE and min(channels, out) >= MANY_CHANNELS:
         return False
     per_example = call.kind == "weight_vjp" and not call.roles[0][0]

@@ -1,0 +1,342 @@
+"""KFAC's and EKFAC's own options, against the plain rule on dense matrices."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from optimizers import Mixed, copied, loss_of, train
+from torch import Tensor, nn
+
+from tn_kfac import KFAC
+from tn_kfac.structures import BlockDiagonal
+
+PLAIN = {"lr": 0.5, "momentum": 0.0, "kl_clip": None, "fallback": None, "warn_unsupported": False}
+
+
+def net() -> nn.Module:
+    torch.manual_seed(3)
+    layers = [nn.Flatten(), nn.Linear(64, 7), nn.Tanh(), nn.Linear(7, 10, bias=False)]
+    return nn.Sequential(*layers).double()
+
+
+def joint(layer: nn.Linear, of: str = "grad") -> Tensor:
+    """The weight's gradient (or, of="data", the weight), a bias being its last column."""
+    weight = getattr(layer.weight, of)
+    if layer.bias is None:
+        return weight.clone()
+    return torch.cat([weight, getattr(layer.bias, of)[:, None]], 1)
+
+
+def rows(model: nn.Module, digits, step: int) -> list[tuple[Tensor, Tensor]]:
+    """For each linear layer the rows (inputs, gradients of each example's own loss)."""
+    x, y = digits[0][8 * step : 8 * step + 8], digits[1][8 * step : 8 * step + 8]
+    inputs, outputs = [], []
+    for layer in model:
+        if isinstance(layer, nn.Linear):
+            one = torch.ones(len(x), layer.bias is not None, dtype=x.dtype)
+            inputs.append(torch.cat([x, one], 1).detach())
+            x = layer(x)
+            outputs.append(x)
+        else:
+            x = layer(x)
+    loss = nn.functional.cross_entropy(x, y, reduction="sum")
+    return list(zip(inputs, torch.autograd.grad(loss, outputs), strict=True))
+
+
+def power(matrix: Tensor, exponent: float) -> Tensor:
+    values, vectors = torch.linalg.eigh(matrix)
+    return vectors @ torch.diag(values.clamp(min=0) ** -exponent) @ vectors.mT
+
+
+def steps(digits, count=5, model=None, **options):
+    """(step, layer, gradient, change / lr, rows) of each step of each layer."""
+    model = model or net()
+    optimizer = KFAC(model, **(PLAIN | options))
+    layers = [m for m in model if isinstance(m, nn.Linear)]
+    for step in range(count):
+        measured = rows(model, digits, step)
+        optimizer.zero_grad()
+        loss_of(model, digits, step).backward()
+        before = [(joint(layer), joint(layer, "data")) for layer in layers]
+        optimizer.step()
+        for at, (layer, (gradient, old)) in enumerate(zip(layers, before, strict=True)):
+            yield step, at, gradient, (old - joint(layer, "data")) / 0.5, measured[at]
+
+
+def close(actual: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(actual, expected, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("inverse", ["eigh", "cholesky", "newton-schulz"])
+@pytest.mark.parametrize("exponent", [1, 0.5])
+@pytest.mark.parametrize("mode", ["factored", "each", "exact"])
+@pytest.mark.parametrize(("T", "T_inverse"), [(1, 1), (2, 2), (1, 3)])
+def test_the_rule(digits, inverse, exponent, mode, T, T_inverse):
+    """Debiased averages, their damped inverses at their intervals, and nothing else."""
+    options = {"inverse": inverse, "exponent": exponent, "damping_mode": mode}
+    if (mode == "exact" and inverse != "eigh") or (exponent != 1 and inverse == "cholesky"):
+        with pytest.raises(ValueError, match="inverse="):
+            KFAC(net(), **options)
+        return
+    options |= {"damping": 0.3, "T": T, "T_inverse": T_inverse, "factor_decay": 0.8}
+    sums, weight, inverses = {}, {}, {}
+    for step, at, gradient, change, (a, g) in steps(digits, **options):
+        if step % T == 0:
+            A, G = sums.get(at, (0, 0))
+            sums[at] = (0.8 * A + 0.2 * a.T @ a / len(a), 0.8 * G + 0.2 * g.T @ g / len(g))
+            weight[at] = 0.8 * weight.get(at, 0) + 0.2
+        if step % T_inverse == 0 or (step < T_inverse and step & (step - 1) == 0):
+            inverses[at] = [factor / weight[at] for factor in sums[at]]
+        A, G = inverses[at]
+        eyes = torch.eye(len(A), dtype=A.dtype), torch.eye(len(G), dtype=A.dtype)
+        if mode == "exact":
+            whole = power(torch.kron(G, A) + 0.3 * torch.kron(eyes[1], eyes[0]), exponent)
+            expected = (whole @ gradient.flatten()).reshape(gradient.shape)
+        else:
+            pi = (A.trace() / len(A) / (G.trace() / len(G))).sqrt()
+            root = 0.3**0.5
+            shifts = (pi * root, root / pi) if mode == "factored" else (0.3, 0.3)
+            left = power(G + shifts[1] * eyes[1], exponent)
+            expected = left @ gradient @ power(A + shifts[0] * eyes[0], exponent)
+        if inverse == "newton-schulz":
+            assert (change - expected).norm() < 0.1 * expected.norm()
+        else:
+            close(change, expected)
+
+
+def test_damping_may_be_scheduled(digits):
+    """A callable of the step, at every step, between inverses too."""
+    options = {"T": 10, "T_inverse": 10, "damping_mode": "exact"}
+    found = list(steps(digits, 3, damping=lambda step: 0.1 + step, **options))
+    (a, g) = found[0][4]
+    A, G = a.T @ a / len(a), g.T @ g / len(g)
+    eye = torch.eye(len(A) * len(G), dtype=A.dtype)
+    for step, at, gradient, change, _ in found:
+        if at == 0:
+            whole = torch.kron(G, A) + (0.1 + step) * eye
+            close(change.flatten(), torch.linalg.solve(whole, gradient.flatten()))
+
+
+@pytest.mark.parametrize("structure", ["dense", "diagonal", "block5diagonal"])
+@pytest.mark.parametrize("ekfac", ["exact", "ema"])
+def test_second_moments(digits, structure, ekfac):
+    """Averages of squares in the basis of the step before, carried into each new basis."""
+    model = net()
+    options = {"ekfac": ekfac, "structure": structure, "damping": 0.2, "factor_decay": 0.7}
+    optimizer = KFAC(model, **(PLAIN | options | {"T_inverse": 2}))
+    layer = model[1]
+    state, moments, weight = optimizer.state[layer.weight], 0, 0.0
+    recipe = optimizer._bindings[0].tap.recipe
+    spaces = (recipe.input_structure, recipe.output_structure)
+    bases = None
+    for step in range(5):
+        (a, g) = rows(model, digits, step)[0]
+        optimizer.zero_grad()
+        loss_of(model, digits, step).backward()
+        gradient, old = joint(layer), joint(layer, "data")
+        optimizer.step()
+        if bases is not None:
+            Q_A, Q_G = bases
+            each = torch.einsum("no,ni->noi", g, a)
+            squares = (Q_G.T @ (each if ekfac == "exact" else gradient) @ Q_A).square()
+            squares = squares.mean(0) if ekfac == "exact" else squares
+            moments, weight = 0.7 * moments + 0.3 * squares, 0.7 * weight + 0.3
+        state = optimizer.state[layer.weight]
+        new = [
+            space.to_dense(state[f"{side}_basis"])[0].clone()
+            for side, space in zip("AG", spaces, strict=True)
+        ]
+        if bases is not None:
+            whole = bases[1] @ torch.eye(7, dtype=a.dtype), bases[0]
+            turned = torch.kron(new[1].T @ whole[0], new[0].T @ whole[1])
+            moments = torch.diagonal(turned @ torch.diag(moments.flatten()) @ turned.T)
+            moments = moments.reshape(7, 65)
+            values = moments / weight
+        else:
+            values = state["G_values"][0][:, None] * state["A_values"][0][None, :]
+        bases = new
+        expected = new[1] @ ((new[1].T @ gradient @ new[0]) / (values + 0.2)) @ new[0].T
+        close((old - joint(layer, "data")) / 0.5, expected)
+
+
+class Shared(nn.Module):
+    """Layers of all kinds with rows: convolutions with groups, and shared positions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(2, 4, 3, stride=2, padding=1, groups=2)
+        self.up = nn.ConvTranspose2d(4, 2, 2, bias=False)
+        self.line = nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.line(torch.tanh(self.up(torch.tanh(self.conv(x))))).sum((1, 2))
+
+
+@pytest.mark.parametrize("approx", ["expand", "reduce"])
+@given(batch=st.integers(1, 4), loss=st.sampled_from(["mean", "sum"]), seed=st.integers(0, 99))
+def test_moments_of_every_layer_are_those_of_each_examples_gradient(approx, batch, loss, seed):
+    torch.manual_seed(seed)
+    model = Shared().double()
+    x, y = torch.randn(batch, 2, 7, 7, dtype=torch.float64), torch.randint(3, (batch,))
+    average = "batch" if loss == "mean" else None
+    options = {"ekfac": True, "kfac_approx": approx, "loss_average": average, "lr": 0.0}
+    optimizer = KFAC(model, **(PLAIN | options | {"T_inverse": lambda step: 100}))
+    for _ in range(2):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(x), y, reduction=loss).backward()
+        optimizer.step()
+    copy_of = copy.deepcopy(model)
+    each = []
+    for at in range(batch):
+        copy_of.zero_grad()
+        nn.functional.cross_entropy(copy_of(x[at : at + 1]), y[at : at + 1]).backward()
+        each.append({n: p.grad.clone() for n, p in copy_of.named_parameters()})
+    for binding in optimizer._bindings:
+        recipe, state = binding.tap.recipe, optimizer.state[binding.parameters[0]]
+        Q_A = recipe.input_structure.to_dense(state["A_basis"])
+        Q_G = recipe.output_structure.to_dense(state["G_basis"])
+        total = torch.zeros_like(state["moments"])
+        name = binding.site.name
+        for gradients in each:
+            bias = gradients.get(f"{name}.bias")
+            matrix = recipe.layer.joined(gradients[f"{name}.weight"], bias)
+            total += (Q_G.mT @ matrix @ Q_A).square()
+        total = total / batch if loss == "mean" else total
+        close(state["moments"] / state["moments_weight"], total)
+
+
+def test_staggered_inverses(digits):
+    """Each layer has its own step of every four; before it, factors are multiples of I."""
+    model = nn.Sequential(nn.Flatten(), *[nn.Linear(64, 64) for _ in range(3)], nn.Linear(64, 10))
+    optimizer = KFAC(model, **PLAIN, stagger=True, T_inverse=4, damping=0.1)
+    refreshed = []
+    for step in range(12):
+        before = [optimizer.state[layer.weight].get("refreshed", 0) for layer in model[1:]]
+        train(model, optimizer, digits, [step])
+        after = [optimizer.state[layer.weight]["refreshed"] for layer in model[1:]]
+        refreshed.append([new - old for new, old in zip(after, before, strict=True)])
+        if step == 0:
+            state = optimizer.state[model[4].weight]
+            assert state["A_values"].unique().numel() == 1
+            mean = state["A"][0].diagonal().mean() / state["weight"]
+            torch.testing.assert_close(state["A_values"][0, 0], mean)
+    assert refreshed == [[int(at == step % 4) for at in range(4)] for step in range(12)]
+
+
+def test_early_inverses_come_often(digits):
+    """Averages of few batches are poor: 0, 1, 2, 4, 8, and then every ten steps."""
+    model = net()
+    optimizer = KFAC(model, **PLAIN, T_inverse=10, damping=1.0)
+    times, seen = [], 0
+    for step in range(31):
+        train(model, optimizer, (digits[0][:64], digits[1][:64]), [step % 8])
+        now = optimizer.state[model[1].weight]["refreshed"]
+        times += [step] * (now - seen)
+        seen = now
+    assert times == [0, 1, 2, 4, 8, 10, 20, 30]
+
+
+def test_intervals_may_be_callables(digits):
+    model = net()
+    waits = {0: 3, 3: 1, 4: 5, 9: 100}
+    optimizer = KFAC(model, **PLAIN, T_inverse=lambda step: waits[step], damping=1.0)
+    train(model, optimizer, digits, range(12))
+    assert optimizer.state[model[1].weight]["refresh"] == 109
+
+
+@pytest.mark.parametrize("structure", ["triltoeplitz", "hierarchical3_4", "triltopleftdiag"])
+def test_structures_without_inverses_are_refused_by_name(structure):
+    model = net()
+    with pytest.raises(ValueError, match=rf"structure='{structure}' of layer '1'"):
+        KFAC(model, structure=structure)
+    assert not any(m._forward_hooks for m in model.modules())
+
+
+@pytest.mark.parametrize(("beyond", "shape"), [("blocks", (1, 65, 20)), ("diagonal", (1, 65))])
+def test_large_factors_are_split_and_said(digits, beyond, shape):
+    model = net()
+    with pytest.warns(
+        UserWarning, match=r"layer '1' has a factor of 65 rows, more than max_dim=20"
+    ):
+        optimizer = KFAC(model, max_dim=20, beyond_max_dim=beyond)
+    train(model, optimizer, digits, range(2))
+    assert optimizer.state[model[1].weight]["A"].shape == shape
+    assert optimizer.state[model[3].weight]["A"].shape == (1, 7, 7)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        KFAC(net(), structure=BlockDiagonal(20), max_dim=20)
+        KFAC(net(), structure={"1": ("block20diagonal", "dense"), "*": "dense"}, max_dim=64)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("inverse", ["eigh", "cholesky", "newton-schulz"])
+def test_injected_factors_end_no_run(digits, inverse, value):
+    """One warning names the factor; the layer keeps its last inverse, the others go on."""
+    model = Mixed()
+    optimizer = KFAC(model, T_inverse=1, inverse=inverse, damping=0.1)
+    train(model, optimizer, digits, range(2))
+    state = optimizer.state[model.conv.weight]
+    keys = [key for key in state if key.startswith("A_")]
+    state["A"][0, 0, 0] = value
+    kept = {key: state[key].clone() for key in keys}
+    before = copied(model)
+    with pytest.warns(UserWarning, match=r"factors without an inverse.*A of 'conv'") as caught:
+        train(model, optimizer, digits, range(2, 6))
+    assert len(caught) == 1
+    assert all(torch.equal(state[key], kept[key]) for key in keys)
+    for name, p in model.named_parameters():
+        assert p.isfinite().all() and not torch.equal(p, before[name])
+
+
+@pytest.mark.parametrize("inverse", ["eigh", "cholesky", "newton-schulz"])
+@pytest.mark.parametrize("damping", [0.0, 1e-12])
+def test_rank_deficient_factors_end_no_run(digits, inverse, damping):
+    """Two samples, and no damping to speak of."""
+    model = net().float()
+    options = {"inverse": inverse, "damping": damping, "damping_mode": "each", "lr": 1e-4}
+    optimizer = KFAC(model, T_inverse=1, **options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for _ in range(4):
+            optimizer.zero_grad()
+            loss_of(model, digits, 0, size=2).backward()
+            optimizer.step()
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("inverse", ["eigh", "cholesky", "newton-schulz"])
+def test_bad_curvature_changes_no_average(digits, inverse):
+    """A step whose curvature is not finite leaves averages and their weight as they were."""
+    model = net()
+    optimizer = KFAC(model, inverse=inverse, damping=0.1)
+    train(model, optimizer, digits, range(2))
+    state = optimizer.state[model[1].weight]
+    kept = {key: state[key].clone() for key in ("A", "G", "weight")}
+    bad = digits[0][16:24].clone()
+    bad[0, 0, 0] = float("nan")
+    optimizer.zero_grad()
+    nn.functional.cross_entropy(model(bad), digits[1][16:24]).backward()
+    optimizer.step()
+    assert all(torch.equal(state[key], value) for key, value in kept.items())
+
+
+CONFLICTS = [
+    ({"damping_mode": "exact", "inverse": "cholesky"}, "inverse='cholesky'"),
+    ({"ekfac": True, "inverse": "newton-schulz"}, "inverse='newton-schulz'"),
+    ({"ekfac": True, "damping_mode": "factored"}, "damping_mode='factored'"),
+    ({"ekfac": True, "fisher": "forward-only"}, "forward-only"),
+    ({"exponent": 0.5, "inverse": "cholesky"}, "inverse='cholesky'"),
+    ({"damping": (0.1, 0.2)}, "is a pair"),
+    ({"stagger": True, "T_inverse": lambda step: 3}, "stagger=True"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), CONFLICTS)
+def test_options_that_do_not_fit_are_refused(options, message):
+    model = net()
+    with pytest.raises(ValueError, match=message):
+        KFAC(model, **options)
+    assert not any(m._forward_hooks for m in model.modules())

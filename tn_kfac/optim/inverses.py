@@ -1,0 +1,239 @@
+"""Inverses and eigenvectors of many symmetric blocks at once, none of which can end a run.
+
+What reads values on the host is an operator of its own, which compiled steps call as it is.
+
+Blocks of equal size, of whatever layers, are stacked and decomposed in one call. A block that
+cannot be decomposed is tried again with more damping in float64; what still fails comes back
+as NaN, and the caller keeps what it had.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from tn_kfac.structures import Structure
+
+Inverse = Literal["eigh", "cholesky", "newton-schulz"]
+Blockwise = Callable[..., tuple[Tensor, ...]]
+COLD_ITERATIONS = 30
+"""Of Newton-Schulz from a multiple of I: enough for condition numbers up to 1e8."""
+WARM_ITERATIONS = ((0.1, 2), (0.3, 4), (1.0, 8))
+"""Of Newton-Schulz from the last inverse, if up to so much of the average is new since."""
+SAFE_RADIUS = 0.95
+"""Of I − B X, for Newton-Schulz to start from X as it is; it converges below 1."""
+MORE_DAMPING = (1e-4, 1e-2)
+"""What is added to a difficult block, relative to its mean diagonal entry: inverses of less
+damped ones would have no accurate digits in float32."""
+
+
+class Request(NamedTuple):
+    """Matrices of one space, (groups, *coordinates) each, whose blocks are arguments together."""
+
+    space: Structure
+    matrices: tuple[Tensor, ...]
+
+
+def eigen(requests: Sequence[Request]) -> list[tuple[Tensor, Tensor]]:
+    """(eigenvalues (groups, d), coordinates of the eigenvectors) of the one matrix of each."""
+    found = []
+    for request, parts in zip(requests, _blockwise(_eigh, requests), strict=True):
+        values = torch.cat([part[0].flatten(1) for part in parts], dim=-1)
+        found.append((values, request.space.from_blocks([part[1] for part in parts])))
+    return found
+
+
+def warm_iterations(new: float | None) -> int:
+    """How many iterations of Newton-Schulz, by the new part of an average; None: all is new."""
+    if new is None:
+        return COLD_ITERATIONS
+    return next(count for limit, count in WARM_ITERATIONS if new <= limit)
+
+
+def inverses(
+    requests: Sequence[Request], method: Inverse, exponent: float, iterations: int
+) -> list[Tensor]:
+    """The matrices' inverses (exponent 1) or inverse square roots (1/2), in coordinates.
+
+    Requests hold the matrix and, for "newton-schulz", its last inverse, from which `iterations`
+    start (but for COLD_ITERATIONS). Square roots are found by "newton-schulz" alone: a
+    Cholesky factor is no symmetric root.
+    """
+    function: Blockwise = _cholesky_inverse
+    if method == "newton-schulz":
+        warm = partial(newton_inverse, iterations=iterations)
+        function = warm if exponent == 1 else newton_root
+    return [
+        request.space.from_blocks([inverse for (inverse,) in parts])
+        for request, parts in zip(requests, _blockwise(function, requests), strict=True)
+    ]
+
+
+def _blockwise(function: Blockwise, requests: Sequence[Request]) -> list[list[tuple[Tensor, ...]]]:
+    """`function` of all blocks of equal size in one call; for each request, by block size."""
+    stacks: dict[tuple[object, ...], list[tuple[Tensor, ...]]] = defaultdict(list)
+    places = []
+    for request in requests:
+        parts = zip(*map(request.space.blocks, request.matrices), strict=True)
+        for blocks in parts:
+            key = (blocks[0].shape[-1], blocks[0].dtype, blocks[0].device)
+            places.append((key, len(stacks[key]), blocks[0].shape[:2]))
+            stacks[key].append(tuple(_exact(block.flatten(0, 1)) for block in blocks))
+    done = {key: _stacked(function, stack) for key, stack in stacks.items()}
+    results = iter(
+        [tuple(part.unflatten(0, shape) for part in done[key][at]) for key, at, shape in places]
+    )
+    return [[next(results) for _ in r.space.blocks(r.matrices[0])] for r in requests]
+
+
+def _exact(stack: Tensor) -> Tensor:
+    """In a dtype that can be decomposed."""
+    return stack.to(torch.promote_types(stack.dtype, torch.float32)).contiguous()
+
+
+def _stacked(
+    function: Blockwise, arguments: Sequence[tuple[Tensor, ...]]
+) -> list[tuple[Tensor, ...]]:
+    """`function` of the concatenated arguments, split again."""
+    counts = [len(blocks[0]) for blocks in arguments]
+    if len(counts) == 1:
+        return [function(*arguments[0])]
+    joined = [torch.cat(list(parts)) for parts in zip(*arguments, strict=True)]
+    return list(zip(*(part.split(counts) for part in function(*joined)), strict=True))
+
+
+@torch.library.custom_op("tn_kfac::eigh", mutates_args=())
+def _eigh(stack: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues (n, b) and eigenvectors (n, b, b); NaN where there are none.
+
+    Eigenvalues that rounding cannot tell from zero are as large as the rounding is.
+    """
+    if stack.shape[-1] == 1:
+        return stack[..., 0].clamp(min=0.0).contiguous(), torch.ones_like(stack)
+    finite = stack.isfinite().flatten(1).all(-1)
+    safe = torch.where(finite[:, None, None], stack, torch.eye(stack.shape[-1]).to(stack))
+    try:
+        values, vectors = torch.linalg.eigh(safe)
+    except RuntimeError:  # of torch.linalg, or of the vendor's library beneath it
+        values, vectors = map(torch.stack, zip(*map(_patient_eigh, safe), strict=True))
+    least = torch.finfo(values.dtype).eps * values.amax(-1, True).clamp(min=0.0)
+    values = torch.where(finite[:, None], torch.maximum(values, least), torch.nan)
+    return values, vectors.contiguous()
+
+
+@_eigh.register_fake
+def _(stack: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(stack[..., 0]), torch.empty_like(stack)
+
+
+def _patient_eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Of one matrix, in float64 on the CPU with ever more damping; NaN if all fails."""
+    exact = matrix.double().cpu()
+    eye = torch.eye(len(exact), dtype=exact.dtype)
+    for damping in (0.0, *MORE_DAMPING):
+        try:
+            shifted = exact + damping * exact.diagonal().mean() * eye
+            values, vectors = torch.linalg.eigh(shifted)
+        except RuntimeError:
+            continue
+        return values.to(matrix), vectors.to(matrix)
+    return torch.full_like(matrix[0], torch.nan), torch.full_like(matrix, torch.nan)
+
+
+def _cholesky_inverse(stack: Tensor) -> tuple[Tensor]:
+    return (_cholesky(stack),)
+
+
+@torch.library.custom_op("tn_kfac::cholesky_inverse", mutates_args=())
+def _cholesky(stack: Tensor) -> Tensor:
+    """The inverses (n, b, b); NaN where a matrix is not positive, however it is damped."""
+    inverse, failed = _try_cholesky(stack)
+    if failed.any():
+        exact = stack[failed].double()
+        mean = exact.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
+        eye = torch.eye(stack.shape[-1], dtype=exact.dtype, device=exact.device)
+        found = torch.full_like(exact, torch.nan)
+        for damping in reversed(MORE_DAMPING):  # the least that suffices comes last
+            attempt, still = _try_cholesky(exact + damping * mean * eye)
+            found = torch.where(still[:, None, None], found, attempt)
+        inverse[failed] = found.to(stack.dtype)
+    return inverse.contiguous()
+
+
+def _try_cholesky(stack: Tensor) -> tuple[Tensor, Tensor]:
+    """Inverses, (n, b, b), and which matrices have none, (n)."""
+    lower, info = torch.linalg.cholesky_ex(stack)
+    failed = info != 0
+    eye = torch.eye(stack.shape[-1], dtype=stack.dtype, device=stack.device)
+    return torch.cholesky_inverse(torch.where(failed[:, None, None], eye, lower)), failed
+
+
+@_cholesky.register_fake
+def _(stack: Tensor) -> Tensor:
+    return torch.empty_like(stack)
+
+
+def newton_inverse(stack: Tensor, last: Tensor, iterations: int) -> tuple[Tensor]:
+    """Inverses by X ← X (2 I − B X) from the last ones; nothing is read on the host.
+
+    R = I − B X is squared in each iteration, so an inverse that a step's change left 5 % off is
+    6e-6 off after two. It has real eigenvalues, since B and X are positive, whose largest one
+    ⁴√(tr R⁴) bounds: where that may be too large to converge, X is shrunk first. What is lost none
+    the less starts again from I / ‖B‖. From there X grows towards B⁻¹ from below: in between, it
+    is the inverse of something more damped.
+    """
+    eye = torch.eye(stack.shape[-1], dtype=stack.dtype, device=stack.device)
+    cold = eye / _norm(stack)
+    X = cold
+    if iterations != COLD_ITERATIONS:
+        bound = _radius_bound(eye - stack @ last)
+        X = last * torch.where(bound < SAFE_RADIUS, 1.0, 2.0 * SAFE_RADIUS / (1.0 + bound))
+    for _ in range(iterations):
+        X = X + X @ (eye - stack @ X)
+        X = 0.5 * (X + X.mT)
+    diagonal = X.diagonal(dim1=-2, dim2=-1)
+    lost = ~(X.isfinite().all(-1).all(-1) & (diagonal > 0).all(-1))
+    X = torch.where(lost[:, None, None], cold, X)
+    return (torch.where(_finite(stack), X, torch.nan),)
+
+
+def _radius_bound(residual: Tensor) -> Tensor:
+    """⁴√(tr R⁴), which bounds real eigenvalues, (n, 1, 1); scaled, so that powers are finite."""
+    scale = residual.abs().amax((-2, -1), keepdim=True).clamp(min=torch.finfo(residual.dtype).tiny)
+    square = (residual / scale) @ (residual / scale)
+    fourth = (square * square.mT).sum((-2, -1), keepdim=True)
+    return scale * fourth.clamp(min=0.0) ** 0.25
+
+
+def newton_root(stack: Tensor, last: Tensor) -> tuple[Tensor]:
+    """Inverse square roots by the coupled iteration; nothing is read on the host.
+
+    Y ← Y T, Z ← T Z with T = (3 I − Z Y) / 2 from Y = B / ‖B‖ and Z = I
+    (Higham, Functions of Matrices, equation 6.35). The last root is no start for it: Z and Y
+    must commute with B, and without that the error grows where B's eigenvalues are apart.
+    """
+    size = stack.shape[-1]
+    eye = torch.eye(size, dtype=stack.dtype, device=stack.device)
+    norm = _norm(stack)
+    Y, Z = stack / norm, eye.expand_as(stack)
+    for _ in range(COLD_ITERATIONS):
+        T = 1.5 * eye - 0.5 * (Z @ Y)
+        Y, Z = Y @ T, T @ Z
+    root = 0.5 * (Z + Z.mT) * norm.rsqrt()
+    return (torch.where(_finite(stack), root, torch.nan),)
+
+
+def _norm(stack: Tensor) -> Tensor:
+    """An upper bound of the largest eigenvalue of each matrix, (n, 1, 1), positive."""
+    tiny = torch.finfo(stack.dtype).tiny
+    return torch.linalg.matrix_norm(stack, keepdim=True).clamp(min=tiny)
+
+
+def _finite(stack: Tensor) -> Tensor:
+    """Which matrices are finite, (n, 1, 1)."""
+    return stack.isfinite().all(-1, keepdim=True).all(-2, keepdim=True)

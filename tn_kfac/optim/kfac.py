@@ -1,0 +1,275 @@
+"""KFAC and EKFAC: natural gradient descent with Kronecker-factored curvature."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from tn_kfac.curvature import Measured, Recipe
+from tn_kfac.curvature.statistics import Fisher
+from tn_kfac.optim import checks, refresh
+from tn_kfac.optim.averages import update_averages, update_moments
+from tn_kfac.optim.base import KroneckerOptimizer
+from tn_kfac.optim.binding import Binding
+from tn_kfac.optim.damping import Damping, by_inverses, in_eigenbasis, to_basis
+from tn_kfac.optim.groups import Group
+from tn_kfac.optim.inverses import Inverse, warm_iterations
+from tn_kfac.optim.kfac_options import checked, limited
+from tn_kfac.optim.notice import Notice
+from tn_kfac.optim.singd import Structures
+
+
+class KFAC(KroneckerOptimizer):
+    r"""Kronecker-factored approximate curvature, with a fallback for all the rest.
+
+    The gradient G of each layer's weight (with its bias as an extra column) is multiplied by the
+    damped inverse of G ⊗ A, where A and G are moving averages of the second moments of the
+    layer's inputs and output gradients (https://arxiv.org/abs/1503.05671; for convolutions and
+    other shared weights https://arxiv.org/abs/2311.00636). With `ekfac`, the eigenvalues of the
+    product are replaced by second moments in its eigenbasis (https://arxiv.org/abs/1806.03884).
+    Then weight decay and momentum as in `torch.optim.SGD`. Grouped convolutions have one exact
+    pair of factors for each channel group.
+
+    Curvature (hooks, kinds of layers and of Fisher), param groups, the fallback for parameters
+    without Kronecker factors, and the arguments that are not listed are those of `SINGD`.
+
+    Args:
+        model: The network that is trained.
+        params: Parameters, or groups of them; all parameters of the model if None.
+        lr: Learning rate.
+        momentum: Of the update, or of gradients (`precondition`).
+        damping: λ, or a callable of the step; with damping_mode="each" a pair (A, G) too.
+        weight_decay: γ, added to the preconditioned gradient as γ · parameter.
+        T: Steps between updates of the factors, or a callable of the step that returns how many
+            to wait.
+        T_inverse: Steps between new inverses (or eigenbases), likewise. Averages of the first
+            few batches are poor: an integer has inverses at steps 1, 2, 4, 8 and so on too, until
+            the interval has passed (not with `stagger`).
+        loss_average: What the loss averages over: "batch", "batch+sequence" or None for a sum.
+        factor_decay: β of the averages A ← β A + (1 − β) Â, which are debiased.
+        inverse: "eigh" keeps eigenvectors, so that damping may change at every step, and is
+            needed for damping_mode="exact" and `ekfac`. "cholesky" keeps inverses, which halves
+            the cost of a step. "newton-schulz" keeps inverses too and improves them by matrix
+            products alone, starting from the last ones: without synchronisation, and cheap enough
+            for T_inverse=1. (With exponent=1/2 it starts anew, at 30 products of three.)
+        damping_mode: "factored" adds π√λ to A and √λ/π to G, "each" λ to both, "exact" λ to
+            the eigenvalues of G ⊗ A. By default "factored"; "exact" for `ekfac`.
+        exponent: 1 for the natural gradient, or 1/2 for inverse square roots.
+        ekfac: "exact" (or True): second moments of each example's gradient, of layers with rows
+            (not embeddings and norms, which keep their Kronecker eigenvalues); "ema": of
+            the batch's gradient, as in Adam, whose scale is smaller by the batch size.
+        stagger: Whether layers take turns, so that no step has all inverses to compute. Until
+            its first turn, a layer's factors count as multiples of I.
+        structure: Of both factors, or a pair, by layer names if it is a mapping; "dense",
+            "diagonal", "block30diagonal" and "auto", whose inverses have the same structure.
+        max_dim: The most rows of a dense factor; larger ones are split into blocks of that size
+            or become diagonal (`beyond_max_dim`), with a warning. None: no limit.
+        kl_clip: κ: shrink a group's update by min(1, √(κ / |lr² Σ ⟨update, gradient⟩|)).
+
+    Raises:
+        ValueError: If an argument is out of range, or a structure has no inverse of its kind;
+            nothing is hooked then.
+        TypeError: If an argument has the wrong type.
+    """
+
+    rule: ClassVar[str] = "kfac"
+    factor_names: ClassVar[tuple[str, str]] = ("A", "G")
+    built_in: ClassVar[tuple[str, ...]] = (
+        *KroneckerOptimizer.built_in, "inverse", "ekfac", "exponent", "max_dim",
+    )  # fmt: skip
+    option_checks: ClassVar[dict[str, checks.Check]] = KroneckerOptimizer.option_checks | {
+        "damping": checks.damping,
+        "T_inverse": checks.intervals,
+        "factor_decay": lambda name, value: checks.number(name, value, below=1.0),
+        "inverse": lambda n, v: checks.one_of(n, v, ("eigh", "cholesky", "newton-schulz")),
+        "damping_mode": lambda n, v: checks.one_of(n, v, (None, "factored", "each", "exact")),
+        "ekfac": lambda n, v: checks.one_of(n, v, (False, True, "exact", "ema")),
+        "stagger": checks.flag,
+        "max_dim": checks.optional_interval,
+        "beyond_max_dim": lambda n, v: checks.one_of(n, v, ("blocks", "diagonal")),
+    }
+
+    def __init__(
+        self,
+        model: nn.Module,
+        params: Any = None,
+        lr: float | Tensor = 1e-2,
+        momentum: float = 0.9,
+        damping: float | tuple[float, float] | Callable[[int], float] = 1e-2,
+        weight_decay: float = 0.0,
+        T: int | Callable[[int], int] = 1,
+        T_inverse: int | Callable[[int], int] = 10,
+        loss_average: Literal["batch", "batch+sequence"] | None = "batch",
+        *,
+        factor_decay: float = 0.95,
+        inverse: Inverse = "eigh",
+        damping_mode: Literal["factored", "each", "exact"] | None = None,
+        exponent: float = 1,
+        ekfac: bool | Literal["exact", "ema"] = False,
+        stagger: bool = False,
+        structure: Structures | Mapping[str, Structures] = "dense",
+        max_dim: int | None = 8192,
+        beyond_max_dim: Literal["blocks", "diagonal"] = "blocks",
+        kfac_approx: Literal["expand", "reduce"] = "expand",
+        fisher: Fisher = "empirical",
+        norms: bool = False,
+        preconditioner_dtype: Any = None,
+        nesterov: bool = False,
+        decoupled_weight_decay: bool = False,
+        precondition: Literal["gradient", "momentum"] = "gradient",
+        graft: Literal["sgd", "adamw"] | None = None,
+        update_rms: float | None = None,
+        kl_clip: float | None = 1e-3,
+        warmup: int = 0,
+        curvature_fraction: float = 1,
+        warn_unsupported: bool = True,
+        fallback: Literal["sgd", "adamw"] | None = "sgd",
+        fallback_lr: float | None = None,
+        fallback_weight_decay: float | None = None,
+    ) -> None:
+        given = dict(locals())
+        apart = ("self", "model", "params", "warn_unsupported", "norms", "__class__")
+        options = {key: value for key, value in given.items() if key not in apart}
+        self._notice = Notice()
+        super().__init__(model, params, options, warn_unsupported, norms)
+
+    def _checked(self, options: Group) -> Group:
+        return checked(super()._checked(options))
+
+    def _check_binding(self, binding: Binding, group: Group) -> None:
+        recipe = binding.tap.recipe
+        for space in (recipe.input_structure, recipe.output_structure):
+            if not space.invertible:
+                raise ValueError(
+                    f"structure={space.name!r} of layer {binding.site.name!r}: inverses have "
+                    "another structure. Choose 'dense', 'diagonal' or blocks, or SINGD"
+                )
+        for side, dim in zip(limited(recipe), (recipe.dim_in, recipe.dim_out), strict=True):
+            if side is not None:
+                warnings.warn(
+                    f"layer {binding.site.name!r} has a factor of {dim} rows, more than "
+                    f"max_dim={group['max_dim']}: it is {side.name}. Choose another max_dim (None: "
+                    "no limit), or a structure for this layer",
+                    stacklevel=5,
+                )
+
+    def _layer(self, binding: Binding, state: dict[str, Any]) -> refresh.Layer:
+        recipe = binding.tap.recipe
+        spaces = (recipe.input_structure, recipe.output_structure)
+        return refresh.Layer(binding.site.name, state, spaces, (recipe.dim_in, recipe.dim_out))
+
+    def _new_state(self, binding: Binding, group: Group, device: torch.device) -> dict[str, Any]:
+        recipe, dtypes = binding.tap.recipe, binding.dtypes
+        groups = recipe.layer.groups
+        ins = recipe.input_structure.coordinate_shape(recipe.dim_in)
+        outs = recipe.output_structure.coordinate_shape(recipe.dim_out)
+        state: dict[str, Any] = {
+            "A": torch.zeros(groups, *ins, dtype=dtypes[0], device=device),
+            "G": torch.zeros(groups, *outs, dtype=dtypes[1], device=device),
+            "weight": torch.zeros((), dtype=dtypes[0], device=device),
+            "refreshed": 0,
+            "inverted": 0,
+            "refresh": self._turn(binding, group) if group["stagger"] else 0,
+        }
+        state |= refresh.new_state(self._layer(binding, state), group["inverse"], dtypes, device)
+        if recipe.moments or group["ekfac"] == "ema":
+            shape = (groups, recipe.dim_out, recipe.dim_in)
+            state["moments"] = torch.zeros(shape, dtype=dtypes[1], device=device)
+            state["moments_weight"] = torch.zeros((), dtype=dtypes[1], device=device)
+        return state
+
+    def _turn(self, binding: Binding, group: Group) -> int:
+        """The step, below T_inverse, of a layer whose group is staggered."""
+        at = next(at for at, other in enumerate(self._bindings) if other is binding)
+        return at * group["T_inverse"] // len(self._bindings)
+
+    def _basis(self, binding: Binding, state: dict[str, Any]) -> tuple[Tensor, Tensor] | None:
+        if not (binding.tap.recipe.moments and state["refreshed"]):
+            return None
+        return state["A_basis"], state["G_basis"]
+
+    def _update_factors(
+        self, state: dict[str, Any], captured: Measured, binding: Binding, group: Group
+    ) -> None:
+        recipe = binding.tap.recipe
+        update_averages(state, captured.factors, group["factor_decay"])
+        if not state["refreshed"] or "moments" not in state:
+            return
+        moments = captured.moments
+        if moments is None:
+            spaces = (recipe.input_structure, recipe.output_structure)
+            gradient = binding.gradient_matrix(lambda _, gradient: gradient)
+            bases = (state["A_basis"], state["G_basis"])
+            moments = to_basis(gradient, spaces, bases).square()
+        update_moments(state, moments, group["factor_decay"])
+
+    def _refresh(self, active: Sequence[tuple[Binding, Group]]) -> None:
+        """New inverses of all layers whose turn it is: equal methods, and blocks, at once."""
+        together: dict[tuple[Any, ...], list[tuple[refresh.Layer, Damping]]] = {}
+        for binding, group in active:
+            state = self.state[binding.parameters[0]]
+            layer, damping = self._layer(binding, state), self._damping(state, group)
+            mode, exponent = group["damping_mode"], group["exponent"]
+            if not state.get("updates"):
+                continue
+            if state["step"] < state["refresh"]:
+                if not state["refreshed"]:
+                    refresh.isotropic(layer, damping, mode, exponent)
+                continue
+            iterations = warm_iterations(self._new_part(state, group))
+            key = (group["inverse"], mode, exponent, iterations)
+            together.setdefault(key, []).append((layer, damping))
+            self._schedule(state, binding, group)
+        for (inverse, mode, exponent, iterations), pairs in together.items():
+            layers, dampings = zip(*pairs, strict=True)
+            if inverse == "eigh":
+                refresh.refresh_eigenbases(layers, self._notice)
+            else:
+                options = (layers, dampings, mode, inverse, exponent, iterations)
+                refresh.refresh_inverses(*options, self._notice)
+
+    def _schedule(self, state: dict[str, Any], binding: Binding, group: Group) -> None:
+        """Note when a layer's inverse is due next."""
+        T, step = group["T_inverse"], state["step"]
+        if callable(T):
+            wait = T(step)
+            checks.interval("T_inverse(step)", wait)
+        else:
+            turn = self._turn(binding, group) if group["stagger"] else 0
+            early = T if group["stagger"] else max(step, 1)
+            wait = min(T - (step - turn) % T, early)
+        state["refresh"] = step + wait
+        state["refreshed"] += 1
+        state["inverted"] = state["updates"]
+
+    def _new_part(self, state: dict[str, Any], group: Group) -> float | None:
+        """How much of the averages came after the last inverse; None: there is none."""
+        if not state["refreshed"]:
+            return None
+        decay, updates, before = group["factor_decay"], state["updates"], state["inverted"]
+        return 1.0 - decay ** (updates - before) * (1.0 - decay**before) / (1.0 - decay**updates)
+
+    def _damping(self, state: dict[str, Any], group: Group) -> Damping:
+        damping: Damping | Callable[[int], float] = group["damping"]
+        if isinstance(damping, list):  # as YAML has it
+            return damping[0], damping[1]
+        if not callable(damping):
+            return damping
+        value: float = damping(state["step"])
+        checks.number("damping(step)", value)
+        return value
+
+    def _precondition(
+        self, state: dict[str, Any], matrix: Tensor, recipe: Recipe, group: Group
+    ) -> Tensor:
+        if not state.get("updates"):
+            return matrix
+        spaces = (recipe.input_structure, recipe.output_structure)
+        if group["inverse"] != "eigh":
+            return by_inverses(state, matrix, spaces)
+        options = (group["damping_mode"], self._damping(state, group), group["exponent"])
+        return in_eigenbasis(state, matrix, spaces, *options)

@@ -1,0 +1,82 @@
+"""KFAC's options: what fits together, and which factors `max_dim` splits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tn_kfac.curvature import Recipe
+from tn_kfac.optim.groups import Group
+from tn_kfac.structures import Dense, Limited, Structure
+
+
+def checked(options: Group) -> Group:
+    """Options that each are in range, after a check of how they fit together.
+
+    Raises:
+        ValueError: If they do not.
+    """
+    ekfac = "exact" if options["ekfac"] is True else options["ekfac"]
+    mode = options["damping_mode"] or ("exact" if ekfac else "factored")
+    options = options | {"ekfac": ekfac, "damping_mode": mode}
+    for wrong, why in _conflicts(options):
+        if wrong:
+            raise ValueError(why)
+    most, beyond = options["max_dim"], options["beyond_max_dim"]
+    if most is not None:
+        options["structure"] = _limit(options["structure"], Limited(most, beyond).name)
+    return options
+
+
+def _conflicts(options: Group) -> list[tuple[bool, str]]:
+    inverse, mode, ekfac = options["inverse"], options["damping_mode"], options["ekfac"]
+    pair = isinstance(options["damping"], (tuple, list))
+    return [
+        (
+            mode == "exact" and inverse != "eigh",
+            f"damping_mode='exact' (of ekfac={ekfac!r}) needs eigenvalues, got "
+            f"inverse={inverse!r}: choose inverse='eigh'",
+        ),
+        (
+            bool(ekfac) and mode != "exact",
+            f"ekfac={ekfac!r} has no factors to damp, got damping_mode={mode!r}: leave it out",
+        ),
+        (
+            ekfac == "exact" and options["fisher"] == "forward-only",
+            "ekfac='exact' needs gradients, which fisher='forward-only' has none of: choose "
+            "ekfac='ema'",
+        ),
+        (
+            inverse == "cholesky" and options["exponent"] != 1,
+            f"exponent={options['exponent']} needs symmetric roots, which inverse='cholesky' has "
+            "not: choose 'eigh' or 'newton-schulz'",
+        ),
+        (
+            pair and mode != "each",
+            f"damping={options['damping']!r} is a pair (A, G), which damping_mode={mode!r} cannot "
+            "use: give one number, or damping_mode='each'",
+        ),
+        (
+            options["stagger"] and callable(options["T_inverse"]),
+            "stagger=True needs T_inverse as an integer, got a callable: it can stagger itself",
+        ),
+    ]
+
+
+def _limit(chosen: Any, name: str) -> Any:
+    """The same names of structures, but `name` for "dense"."""
+    if isinstance(chosen, dict):
+        return {pattern: _limit(pair, name) for pattern, pair in chosen.items()}
+    return tuple(name if side == "dense" else side for side in chosen)
+
+
+def limited(recipe: Recipe) -> tuple[Structure | None, Structure | None]:
+    """The structures of A and G where they are not dense for their size alone."""
+    pairs = (
+        (recipe.structures[0], recipe.input_structure),
+        (recipe.structures[1], recipe.output_structure),
+    )
+    first, second = (
+        space if isinstance(spec, Limited) and not isinstance(space, Dense) else None
+        for spec, space in pairs
+    )
+    return (None if recipe.layer.diagonal_input else first), second
