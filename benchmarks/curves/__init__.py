@@ -1,0 +1,1 @@
+"""Training a deep autoencoder on drawn curves; `python -m benchmarks.curves`."""

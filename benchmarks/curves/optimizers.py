@@ -1,0 +1,83 @@
+"""The optimizers, the settings among which each was tuned, and the winners.
+
+A new optimizer is one entry of `OPTIMIZERS`. Every optimizer has the same budget: 16 settings of
+150 steps in three rounds (6, 6 and 4), each round around the best of those before, at seed 0; the
+winner has the lowest training loss at the end. Batches of 1000, warm-up and linear decay of the
+learning rate are the same for all. An optimizer with a method `curvature` (for fisher="mc") has
+it called before each backward pass, in the time that is counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+import torch
+from torch import nn
+
+from tn_kfac import SINGD
+
+Options = dict[str, Any]
+Grid = Mapping[str, tuple[Any, ...]]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """How to build an optimizer, and how it was tuned."""
+
+    make: Callable[..., torch.optim.Optimizer]
+    """Called with the model and options."""
+    base: Options
+    """Options of every setting, unless a grid or `tuned` has others."""
+    rounds: tuple[Grid, ...]
+    """Grids: of each, the product of its values is tried."""
+    tuned: Options
+
+    def settings(self, which: str) -> Iterator[Options]:
+        """The tuned setting, or all of the grids."""
+        if which == "tuned":
+            yield self.base | self.tuned
+            return
+        for grid in self.rounds:
+            for values in product(*grid.values()):
+                yield self.base | dict(zip(grid, values, strict=True))
+
+
+def _plain(kind: Callable[..., torch.optim.Optimizer]) -> Callable[..., torch.optim.Optimizer]:
+    """Of parameters instead of a model."""
+    return lambda model, **options: kind(model.parameters(), **options)
+
+
+def build(name: str, model: nn.Module, options: Options) -> torch.optim.Optimizer:
+    """An optimizer of the table."""
+    return OPTIMIZERS[name].make(model, **options)
+
+
+OPTIMIZERS: dict[str, Entry] = {
+    "SGD": Entry(
+        _plain(torch.optim.SGD),
+        {"momentum": 0.9, "nesterov": True},
+        ({"lr": (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)},),
+        {"lr": 1e-3},
+    ),
+    "AdamW": Entry(
+        _plain(torch.optim.AdamW),
+        {"betas": (0.9, 0.999), "weight_decay": 0.0},
+        ({"lr": (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)},),
+        {"lr": 1e-3},
+    ),
+    "SINGD diagonal": Entry(
+        SINGD,
+        {"structure": "diagonal", "T": 1, "lr_cov": 0.1},
+        ({"lr": (0.01, 0.03, 0.1), "damping": (0.01, 0.1)},),
+        {"lr": 0.03, "damping": 0.1},
+    ),
+    "SINGD dense": Entry(
+        SINGD,
+        {"structure": "dense", "T": 1, "lr_cov": 0.1},
+        ({"lr": (0.01, 0.03, 0.1), "damping": (0.01, 0.1)},),
+        {"lr": 0.03, "damping": 0.1},
+    ),
+}
