@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from benchmarks.curves.optimizers import OPTIMIZERS
+from benchmarks.curves.report import write_page
 from benchmarks.curves.training import Plan, train
 from benchmarks.machine import ROOT, machine, versions
 
@@ -60,6 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         row = run | _rounded(train(run["optimizer"], run["options"], run["seed"], plan))
         document["rows"].append(row)
         _write(args.output, document)
+        write_page(args.output, document)
         print(_shown(row), file=sys.stderr, flush=True)
     if missing:
         print(f"{missing} runs are missing: --seconds {args.seconds:g}", file=sys.stderr)

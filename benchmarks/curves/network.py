@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor, nn
 
@@ -17,7 +19,7 @@ def autoencoder(seed: int) -> nn.Sequential:
     generator = torch.Generator().manual_seed(seed)
     widths = WIDTHS + WIDTHS[-2::-1]
     layers: list[nn.Module] = []
-    for index, (before, after) in enumerate(zip(widths, widths[1:], strict=False), start=1):
+    for index, (before, after) in enumerate(pairwise(widths), start=1):
         layers.append(_sparse(nn.Linear(before, after), generator))
         if after != min(WIDTHS) and index < len(widths) - 1:
             layers.append(nn.Tanh())

@@ -59,25 +59,31 @@ OPTIMIZERS: dict[str, Entry] = {
     "SGD": Entry(
         _plain(torch.optim.SGD),
         {"momentum": 0.9, "nesterov": True},
-        ({"lr": (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)},),
+        (
+            {"lr": (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)},
+            {"lr": (1e-3, 3e-3, 1e-2), "momentum": (0.95, 0.99)},
+        ),
         {"lr": 1e-3},
     ),
     "AdamW": Entry(
         _plain(torch.optim.AdamW),
         {"betas": (0.9, 0.999), "weight_decay": 0.0},
-        ({"lr": (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)},),
+        (
+            {"lr": (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)},
+            {"lr": (2e-3, 3e-3, 5e-3), "betas": ((0.9, 0.99), (0.95, 0.999))},
+        ),
         {"lr": 1e-3},
     ),
     "SINGD diagonal": Entry(
         SINGD,
-        {"structure": "diagonal", "T": 1, "lr_cov": 0.1},
-        ({"lr": (0.01, 0.03, 0.1), "damping": (0.01, 0.1)},),
-        {"lr": 0.03, "damping": 0.1},
+        {"structure": "diagonal", "T": 1, "lr_cov": 0.1, "damping": 0.1},
+        ({"lr": (0.03, 0.1, 0.3), "fisher": ("empirical", "mc")},),
+        {"lr": 0.1},
     ),
     "SINGD dense": Entry(
         SINGD,
-        {"structure": "dense", "T": 1, "lr_cov": 0.1},
-        ({"lr": (0.01, 0.03, 0.1), "damping": (0.01, 0.1)},),
-        {"lr": 0.03, "damping": 0.1},
+        {"structure": "dense", "T": 1, "lr_cov": 0.1, "damping": 0.1},
+        ({"lr": (0.03, 0.1, 0.3), "fisher": ("empirical", "mc")},),
+        {"lr": 0.1},
     ),
 }

@@ -53,7 +53,7 @@ def train(name: str, options: Options, seed: int, plan: Plan) -> dict[str, Any]:
     optimizer = build(name, model, options)
     rates = [group["lr"] for group in optimizer.param_groups]
     batches = _batches(images, plan.batch, seed)
-    evaluated, seconds, curve, status = plan.evaluated(), 0.0, [], "ok"
+    evaluated, step, seconds, curve, status = plan.evaluated(), 0, 0.0, [], "ok"
     for step in range(plan.steps + 1):
         if step in evaluated:
             loss, error = evaluate(model, images[: plan.part])
