@@ -11,6 +11,8 @@ from benchmarks.curves.network import WIDTHS
 
 Row = dict[str, Any]
 BASELINE = "SGD"
+FIRST_ORDER = ("SGD", "AdamW")
+"""The better of these sets the target."""
 # Okabe and Ito's colours, which colour-blind people can tell apart.
 COLORS = ("#000000", "#E69F00", "#56B4E9", "#0072B2", "#D55E00", "#009E73", "#CC79A7")
 HEAD = (
@@ -60,7 +62,7 @@ def page(document: dict[str, Any], plot: str) -> str:
     """The table, and under which circumstances it holds."""
     runs = by_optimizer(document["rows"])
     plan = document["rows"][0]["plan"]
-    target = median(map(best_error, runs[BASELINE])) if BASELINE in runs else None
+    target = _target(runs)
     facts, known = document["machine"], document["versions"]
     lines = [
         "# A deep autoencoder on curves", "", _about(plan), "",
@@ -88,12 +90,17 @@ def _about(plan: dict[str, Any]) -> str:
     )
 
 
+def _target(runs: dict[str, list[Row]]) -> float | None:
+    errors = [median(map(best_error, runs[name])) for name in FIRST_ORDER if name in runs]
+    return min(errors, default=None)
+
+
 def _aim(target: float | None) -> str:
     if target is None:
-        return f"No target: {BASELINE} was not run."
+        return f"No target: neither of {' and '.join(FIRST_ORDER)} was run."
     return (
-        f"Target: a training error of {target:.3g}, the median of the best of {BASELINE}'s runs, "
-        "met at the first evaluation that is no higher."
+        f"Target: a training error of {target:.4g}, the best of {' and '.join(FIRST_ORDER)} "
+        "(median over seeds), met at the first evaluation that is no higher."
     )
 
 
