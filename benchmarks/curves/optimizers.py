@@ -62,6 +62,7 @@ OPTIMIZERS: dict[str, Entry] = {
         (
             {"lr": (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)},
             {"lr": (1e-3, 3e-3, 1e-2), "momentum": (0.95, 0.99)},
+            {"lr": (5e-3, 1.5e-2), "momentum": (0.8, 0.9)},
         ),
         {"lr": 1e-3},
     ),
@@ -71,19 +72,26 @@ OPTIMIZERS: dict[str, Entry] = {
         (
             {"lr": (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)},
             {"lr": (2e-3, 3e-3, 5e-3), "betas": ((0.9, 0.99), (0.95, 0.999))},
+            {"lr": (2e-3, 4e-3), "betas": ((0.8, 0.999), (0.9, 0.999))},
         ),
         {"lr": 1e-3},
     ),
     "SINGD diagonal": Entry(
         SINGD,
         {"structure": "diagonal", "T": 1, "lr_cov": 0.1, "damping": 0.1},
-        ({"lr": (0.03, 0.1, 0.3), "fisher": ("empirical", "mc")},),
-        {"lr": 0.1},
+        (
+            {"lr": (0.03, 0.1, 0.3), "fisher": ("empirical", "mc")},
+            {"lr": (0.01, 0.02), "damping": (0.03, 0.1, 0.3), "fisher": ("empirical",)},
+        ),
+        {"lr": 0.03, "fisher": "empirical"},
     ),
     "SINGD dense": Entry(
         SINGD,
         {"structure": "dense", "T": 1, "lr_cov": 0.1, "damping": 0.1},
-        ({"lr": (0.03, 0.1, 0.3), "fisher": ("empirical", "mc")},),
-        {"lr": 0.1},
+        (
+            {"lr": (0.03, 0.1, 0.3), "fisher": ("empirical", "mc")},
+            {"lr": (0.01, 0.03), "damping": (0.03, 0.3, 1.0), "fisher": ("mc",)},
+        ),
+        {"lr": 0.03, "fisher": "mc"},
     ),
 }
