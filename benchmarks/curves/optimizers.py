@@ -82,6 +82,12 @@ OPTIMIZERS: dict[str, Entry] = {
         (
             {"lr": (0.03, 0.1, 0.3), "fisher": ("empirical", "mc")},
             {"lr": (0.01, 0.02), "damping": (0.03, 0.1, 0.3), "fisher": ("empirical",)},
+            {
+                "lr": (0.01,),
+                "damping": (0.003, 0.01),
+                "lr_cov": (0.1, 0.2),
+                "fisher": ("empirical",),
+            },
         ),
         {"lr": 0.03, "fisher": "empirical"},
     ),
@@ -91,6 +97,7 @@ OPTIMIZERS: dict[str, Entry] = {
         (
             {"lr": (0.03, 0.1, 0.3), "fisher": ("empirical", "mc")},
             {"lr": (0.01, 0.03), "damping": (0.03, 0.3, 1.0), "fisher": ("mc",)},
+            {"lr": (0.01,), "damping": (0.003, 0.01), "lr_cov": (0.1, 0.2), "fisher": ("mc",)},
         ),
         {"lr": 0.03, "fisher": "mc"},
     ),
