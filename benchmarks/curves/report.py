@@ -86,7 +86,7 @@ def _about(plan: dict[str, Any]) -> str:
         "over pixels; error: squared, summed over pixels; both averaged over examples, those of "
         f"training over {plan['part']} fixed images, the best along the run; that of the test at "
         "its end. Seconds are those of forward, backward and step. Every optimizer had the same "
-        "number of settings to choose from (benchmarks/curves/optimizers.py)."
+        "number of settings to choose from, in runs of 150 steps (benchmarks/curves/optimizers.py)."
     )
 
 
