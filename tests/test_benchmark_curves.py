@@ -97,6 +97,9 @@ def test_run_from_beginning_to_end(tmp_path, capsys):
     assert all(f"\n| {name} | 1 |" in text for name in OPTIMIZERS)
     assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     assert capsys.readouterr().err.count("\n") == len(OPTIMIZERS) - 2  # only what was missing
+    assert command.main([*asked, "--evaluations=2", "--optimizers", "SGD"]) == 0
+    text = path.with_suffix(".md").read_text()  # other plans are other pages
+    assert "| SGD | 1 |" in text and "AdamW |" not in text
 
 
 def test_page_of_runs_that_failed_or_never_met_the_target():

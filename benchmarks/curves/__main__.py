@@ -61,8 +61,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         row = run | _rounded(train(run["optimizer"], run["options"], run["seed"], plan))
         document["rows"].append(row)
         _write(args.output, document)
-        write_page(args.output, document)
+        write_page(args.output, document, asdict(plan))
         print(_shown(row), file=sys.stderr, flush=True)
+    write_page(args.output, document, asdict(plan))
     if missing:
         print(f"{missing} runs are missing: --seconds {args.seconds:g}", file=sys.stderr)
     return int(missing > 0)

@@ -51,9 +51,12 @@ def to_target(row: Row, target: float) -> tuple[float, float] | None:
     return next(((s, seconds) for s, seconds, _, error in row["curve"] if error <= target), None)
 
 
-def write_page(output: Path, document: dict[str, Any]) -> None:
-    """The page and the plot beside the JSON file."""
-    plot = output.with_suffix(".png")
+def write_page(output: Path, document: dict[str, Any], plan: dict[str, Any]) -> None:
+    """The page and the plot beside the JSON file, of the runs with this plan."""
+    rows = [row for row in document["rows"] if row["plan"] == plan]
+    if not rows:
+        return
+    document, plot = document | {"rows": rows}, output.with_suffix(".png")
     draw(document, plot)
     output.with_suffix(".md").write_text(page(document, plot.name))
 
