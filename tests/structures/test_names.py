@@ -96,7 +96,7 @@ def test_limited_splits_what_is_larger(most, dim):
     ((0,), ValueError), ((True,), TypeError), ((2.5,), TypeError), ((3, "dense"), ValueError),
 ])  # fmt: skip
 def test_limits_are_checked(arguments, error):
-    with pytest.raises(error, match="Limited|beyond"):
+    with pytest.raises(error, match=r"Limited|beyond"):
         Limited(*arguments)
 
 
