@@ -95,8 +95,7 @@ class KroneckerOptimizer(HookedOptimizer):
             self._refresh(active)
             for (binding, group), counts in zip(active, counted, strict=True):
                 directions |= self._layer_directions(binding, group, counts)
-            for group in self.param_groups:
-                self._write(group, directions)
+            self._write_all(directions)
         for binding in self._bindings:
             binding.tap.clear()
         return loss
@@ -173,6 +172,11 @@ class KroneckerOptimizer(HookedOptimizer):
         if group["precondition"] == "gradient":
             return gradient
         return smoothed(gradient, self.state[parameter], group)
+
+    def _write_all(self, directions: dict[Tensor, Tensor]) -> None:
+        """Step all parameters."""
+        for group in self.param_groups:
+            self._write(group, directions)
 
     def _write(self, group: Group, directions: dict[Tensor, Tensor]) -> None:
         """Step the parameters of a group along directions, or along gradients."""

@@ -10,15 +10,17 @@ import torch
 from torch import Tensor, nn
 
 from tn_kfac.curvature import Measured, Recipe
+from tn_kfac.curvature.fisher import loss_module
 from tn_kfac.curvature.statistics import Fisher
 from tn_kfac.optim import checks, refresh
+from tn_kfac.optim.adaptive import Adaptation, adapt
 from tn_kfac.optim.averages import update_averages, update_moments
 from tn_kfac.optim.base import KroneckerOptimizer
 from tn_kfac.optim.binding import Binding
 from tn_kfac.optim.damping import Damping, by_inverses, in_eigenbasis, to_basis
 from tn_kfac.optim.groups import Group
 from tn_kfac.optim.inverses import Inverse, warm_iterations
-from tn_kfac.optim.kfac_options import checked, limited
+from tn_kfac.optim.kfac_options import adaptive_names, checked, limited
 from tn_kfac.optim.notice import Notice
 from tn_kfac.optim.singd import Structures
 
@@ -68,6 +70,12 @@ class KFAC(KroneckerOptimizer):
             "diagonal", "block30diagonal" and "auto", whose inverses have the same structure.
         max_dim: The most rows of a dense factor; larger ones are split into blocks of that size
             or become diagonal (`beyond_max_dim`), with a warning. None: no limit.
+        adaptive: True, or some of "damping", "lr" and "momentum": choose them by the exact
+            quadratic model of each batch's loss (https://arxiv.org/abs/1503.05671, Sections 6.4,
+            6.5, 7), at the price of two forward-mode passes, and of a forward pass every fifth. It
+            needs `curvature(outputs, loss, targets)` in each step, one batch a step, a model
+            without randomness, and no weight decay; `lr` (and its schedule) and `kl_clip`
+            do not matter then. `damping` is where it starts.
         kl_clip: κ: shrink a group's update by min(1, √(κ / |lr² Σ ⟨update, gradient⟩|)).
 
     Raises:
@@ -90,6 +98,7 @@ class KFAC(KroneckerOptimizer):
         "ekfac": lambda n, v: checks.one_of(n, v, (False, True, "exact", "ema")),
         "stagger": checks.flag,
         "max_dim": checks.optional_interval,
+        "adaptive": lambda name, value: adaptive_names(value),
         "beyond_max_dim": lambda n, v: checks.one_of(n, v, ("blocks", "diagonal")),
     }
 
@@ -114,6 +123,7 @@ class KFAC(KroneckerOptimizer):
         structure: Structures | Mapping[str, Structures] = "dense",
         max_dim: int | None = 8192,
         beyond_max_dim: Literal["blocks", "diagonal"] = "blocks",
+        adaptive: bool | str | Sequence[str] = False,
         kfac_approx: Literal["expand", "reduce"] = "expand",
         fisher: Fisher = "empirical",
         norms: bool = False,
@@ -136,6 +146,9 @@ class KFAC(KroneckerOptimizer):
         options = {key: value for key, value in given.items() if key not in apart}
         self._notice = Notice()
         super().__init__(model, params, options, warn_unsupported, norms)
+        self._adaptation = Adaptation(model)
+        if self._options["adaptive"]:
+            self._handles += self._adaptation.attach()
 
     def _checked(self, options: Group) -> Group:
         return checked(super()._checked(options))
@@ -262,6 +275,34 @@ class KFAC(KroneckerOptimizer):
         value: float = damping(state["step"])
         checks.number("damping(step)", value)
         return value
+
+    def curvature(
+        self,
+        outputs: Tensor,
+        loss: str | nn.Module,
+        targets: Tensor | None = None,
+        samples: int = 1,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().curvature(outputs, loss, targets, samples, generator)
+        if self._options["adaptive"]:
+            self._adaptation.note(outputs, loss_module(loss), targets)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        super().zero_grad(set_to_none)
+        self._adaptation.clear()
+
+    def _write_all(self, directions: dict[Tensor, Tensor]) -> None:
+        wanted = self._options["adaptive"]
+        if wanted and directions:
+            others = [group for group in self.param_groups if group["rule"] != self.rule]
+            own = [group for group in self.param_groups if group["rule"] == self.rule]
+            adapt(self._adaptation, own, directions, self.state, wanted)
+            self._adaptation.clear()
+            for group in others:
+                self._write(group, directions)
+        else:
+            super()._write_all(directions)
 
     def _precondition(
         self, state: dict[str, Any], matrix: Tensor, recipe: Recipe, group: Group

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import Tensor
+
 from tn_kfac.curvature import Recipe
+from tn_kfac.optim.adaptive import ADAPTIVE
 from tn_kfac.optim.groups import Group
 from tn_kfac.structures import Dense, Limited, Structure
 
@@ -17,7 +20,10 @@ def checked(options: Group) -> Group:
     """
     ekfac = "exact" if options["ekfac"] is True else options["ekfac"]
     mode = options["damping_mode"] or ("exact" if ekfac else "factored")
-    options = options | {"ekfac": ekfac, "damping_mode": mode}
+    adaptive = adaptive_names(options["adaptive"])
+    options = options | {"ekfac": ekfac, "damping_mode": mode, "adaptive": adaptive}
+    if "lr" in adaptive or "momentum" in adaptive:
+        options["kl_clip"] = None
     for wrong, why in _conflicts(options):
         if wrong:
             raise ValueError(why)
@@ -25,6 +31,19 @@ def checked(options: Group) -> Group:
     if most is not None:
         options["structure"] = _limit(options["structure"], Limited(most, beyond).name)
     return options
+
+
+def adaptive_names(value: Any) -> tuple[str, ...]:
+    """Which hyper-parameters are adaptive.
+
+    Raises:
+        ValueError: If there is no such one.
+    """
+    names = ADAPTIVE if value is True else () if value is False else value
+    names = (names,) if isinstance(names, str) else names
+    if not isinstance(names, (tuple, list)) or not set(names) <= set(ADAPTIVE):
+        raise ValueError(f"adaptive must be True, False or some of {list(ADAPTIVE)}, got {value!r}")
+    return tuple(names)
 
 
 def _conflicts(options: Group) -> list[tuple[bool, str]]:
@@ -55,9 +74,40 @@ def _conflicts(options: Group) -> list[tuple[bool, str]]:
             f"damping={options['damping']!r} is a pair (A, G), which damping_mode={mode!r} cannot "
             "use: give one number, or damping_mode='each'",
         ),
+        *_of_adaptive(options),
         (
             options["stagger"] and callable(options["T_inverse"]),
             "stagger=True needs T_inverse as an integer, got a callable: it can stagger itself",
+        ),
+    ]
+
+
+def _of_adaptive(options: Group) -> list[tuple[bool, str]]:
+    names, damping = options["adaptive"], options["damping"]
+    moves = "lr" in names or "momentum" in names
+    number = isinstance(damping, (int, float, Tensor))
+    lengths = ("nesterov", "graft", "update_rms")
+    return [
+        (
+            bool(names) and not number,
+            f"adaptive={names!r} needs one number to start from, got damping={damping!r}",
+        ),
+        *(
+            (
+                moves and bool(options[key]),
+                f"adaptive={names!r} sets the length of updates, and so would {key}="
+                f"{options[key]!r}: leave it out",
+            )
+            for key in lengths
+        ),
+        (
+            moves and options["precondition"] == "momentum",
+            f"adaptive={names!r} has a momentum of its own: leave out precondition='momentum'",
+        ),
+        (
+            bool(names) and bool(options["weight_decay"]),
+            f"adaptive={names!r} models the loss, without weight_decay="
+            f"{options['weight_decay']!r}: leave it out",
         ),
     ]
 
