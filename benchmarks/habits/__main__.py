@@ -1,7 +1,7 @@
-"""Which training habits hold, for our SINGD, the package `singd`, and AdamW: yes, no, and why.
+"""Which training habits hold, for our SINGD and KFAC, the package `singd`, and AdamW.
 
     python -m benchmarks.habits            # on the CPU, some minutes
-    python -m benchmarks.habits --only closure accumul --peers tn_kfac
+    python -m benchmarks.habits --only closure accumul --peers SINGD
 
 Every habit runs for every optimizer in a process of its own, with a time limit. Writes
 benchmarks/results/habits.json and habits.md.
@@ -38,7 +38,7 @@ PACKAGES = ("tn_kfac", "torch", "singd", "lightning", "transformers", "accelerat
 LONGEST_REASON = 90
 NOTE = """\
 yes: the habit holds. no: it raised, or a comparison failed; the reason is the error's own first
-line. n/a: it has no meaning for that optimizer. "Equal" always compares an optimizer with itself,
+line. SINGD and KFAC are those of tn_kfac, singd is the package. n/a: it has no meaning for that optimizer. "Equal" always compares an optimizer with itself,
 run plainly: some steps, mostly in float64, parameters and state to a relative 1e-7 (to 1e-3 with
 a GradScaler in float32), or bit by bit where that is to be expected. Habits are those of torch's
 documentation: a recipe that only one optimizer documents does not count. Both SINGDs have the

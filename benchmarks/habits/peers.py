@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tn_kfac import SINGD
+from tn_kfac import KFAC, SINGD
 
 OPTIONS: dict[str, Any] = {"lr": 0.02, "T": 1, "lr_cov": 0.1, "structures": ("dense", "dense")}
-"""The same for both SINGDs; AdamW takes lr, and weight_decay where a habit asks for it."""
+"""The same for both SINGDs; the others take what they know of it."""
 
 
 class NotApplicable(Exception):
@@ -58,7 +58,26 @@ def _adamw(
     return torch.optim.AdamW(params, lr=lr, weight_decay=weight_decay)
 
 
-PEERS = (Peer("tn_kfac", SINGD), Peer("singd", _package), Peer("AdamW", _adamw, False))
+def _kfac(model: nn.Module, params: Any, **options: Any) -> KFAC:
+    """With inverses in every step, and options of SINGD's own left out.
+
+    Raises:
+        NotApplicable: If the habit is about such an option.
+    """
+    if options.get("kfac_like"):
+        raise NotApplicable
+    apart = ("lr_cov", "structures", "kfac_like", "init_grad_scale")
+    kept = {key: value for key, value in options.items() if key not in apart}
+    plain = {"T_inverse": 1, "damping": 0.1, "kl_clip": None}
+    return KFAC(model, params, **(plain | kept))
+
+
+PEERS = (
+    Peer("SINGD", SINGD),
+    Peer("KFAC", _kfac),
+    Peer("singd", _package),
+    Peer("AdamW", _adamw, False),
+)
 
 
 def habits(table: Table, cases: Mapping[str, tuple[Any, ...]]) -> Callable[[Any], Any]:

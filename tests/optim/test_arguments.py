@@ -8,7 +8,7 @@ import torch
 from optimizers import Mixed, hooks_on
 from torch import nn
 
-from tn_kfac import SINGD
+from tn_kfac import KFAC, SINGD
 from tn_kfac.structures import Dense, Diagonal
 
 NAN, INF = float("nan"), float("inf")
@@ -22,12 +22,22 @@ BAD: dict[str, list[tuple[Any, type[Exception]]]] = {
     "lr": [*NOT_NUMBERS, *NOT_POSITIVE, (torch.tensor(-0.1), ValueError),
            (torch.tensor(NAN), ValueError), (torch.ones(2), (TypeError, ValueError))],
     "momentum": [*NOT_NUMBERS, *NOT_POSITIVE, (1.0, ValueError), (1.5, ValueError)],
-    "damping": NOT_NUMBERS + NOT_POSITIVE,
+    "damping": [((*v,) if isinstance(v, list) else v, (TypeError, ValueError))
+                for v, _ in NOT_NUMBERS + NOT_POSITIVE],
     "alpha1": [*NOT_NUMBERS, *NOT_POSITIVE, (1.0, ValueError)],
     "weight_decay": NOT_NUMBERS + NOT_POSITIVE,
     "T": [(1.0, TypeError), ("1", TypeError), (None, TypeError), (True, TypeError),
           (0, ValueError), (-3, ValueError)],
     "loss_average": [("mean", ValueError), (True, ValueError), ("sequence", ValueError)],
+    "T_inverse": [(1.0, TypeError), ("1", TypeError), (None, TypeError), (0, ValueError)],
+    "factor_decay": [*NOT_NUMBERS, *NOT_POSITIVE, (1.0, ValueError)],
+    "inverse": [("svd", ValueError), (None, ValueError), (1, ValueError)],
+    "damping_mode": [("pi", ValueError), (True, ValueError), (1, ValueError)],
+    "ekfac": [("adam", ValueError), (None, ValueError), (2, ValueError)],
+    "stagger": NOT_FLAGS,
+    "max_dim": [(1.0, TypeError), ("1", TypeError), (True, TypeError), (0, ValueError)],
+    "beyond_max_dim": [("dense", ValueError), (None, ValueError)],
+    "adaptive": [("speed", ValueError), (None, ValueError), (("lr", "T"), ValueError)],
     "lr_cov": NOT_NUMBERS + NOT_POSITIVE,
     "structure": [("wide", ValueError), ("", ValueError), (("dense",) * 3, ValueError),
                   (("dense",), ValueError), ((), ValueError), (("dense", "wide"), ValueError),
@@ -63,28 +73,38 @@ BAD: dict[str, list[tuple[Any, type[Exception]]]] = {
     "fallback_lr": [entry for entry in NOT_NUMBERS + NOT_POSITIVE if entry[0] is not None],
     "fallback_weight_decay": [e for e in NOT_NUMBERS + NOT_POSITIVE if e[0] is not None],
 }  # fmt: skip
-CASES = [(name, value, error) for name, values in BAD.items() for value, error in values]
+ARGUMENTS = {kind: set(inspect.signature(kind).parameters) for kind in (SINGD, KFAC)}
+CASES = [
+    pytest.param(kind, name, value, error, id=f"{kind.__name__}-{name}-{value!r:.20}")
+    for kind, arguments in ARGUMENTS.items()
+    for name in sorted(arguments & set(BAD))
+    for value, error in BAD[name]
+]
 
 
 def test_no_argument_is_left_out():
     """A new argument must come with its bad values."""
-    assert {*BAD, "model", "params"} == set(inspect.signature(SINGD).parameters)
+    assert {*BAD, "model", "params"} == set.union(*ARGUMENTS.values())
 
 
-@pytest.mark.parametrize(("name", "value", "error"), CASES)
-def test_bad_value_is_named(name, value, error):
+@pytest.mark.parametrize(("kind", "name", "value", "error"), CASES)
+def test_bad_value_is_named(kind, name, value, error):
     """The error starts from the argument's name, so a user finds it."""
     model = Mixed()
     with pytest.raises(error, match=name.removesuffix("s") if name == "structures" else name):
-        SINGD(model, **{name: value})
+        kind(model, **{name: value})
     assert hooks_on(model) == 0
 
 
-GROUP_KEYS = sorted(BAD.keys() - {"norms", "warn_unsupported", "init_grad_scale", "structures"})
+GROUP_KEYS = BAD.keys() - {"norms", "warn_unsupported", "init_grad_scale", "structures"}
+each_key = pytest.mark.parametrize(
+    ("kind", "name"),
+    [(kind, name) for kind, own in ARGUMENTS.items() for name in sorted(own & GROUP_KEYS)],
+)
 
 
-@pytest.mark.parametrize("name", GROUP_KEYS)
-def test_bad_value_in_a_group_is_named(name):
+@each_key
+def test_bad_value_in_a_group_is_named(kind, name):
     """Groups are checked like arguments; the good group before it is not hooked either."""
     model = Mixed()
     value, error = BAD[name][0]
@@ -93,7 +113,7 @@ def test_bad_value_in_a_group_is_named(name):
         {"params": model.conv.parameters(), name: value},
     ]
     with pytest.raises(error, match=name):
-        SINGD(model, groups)
+        kind(model, groups)
     assert hooks_on(model) == 0
 
 

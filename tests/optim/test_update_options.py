@@ -2,15 +2,20 @@
 
 import copy
 import math
+from typing import Any
 
 import pytest
 import torch
 from optimizers import Mixed, is_identity, loss_of, train
 from torch import Tensor, nn
 
-from tn_kfac import SINGD
+from tn_kfac import KFAC, SINGD
 
-OPTIONS = {"lr": 0.05, "T": 1, "lr_cov": 0.1, "fallback": None, "warn_unsupported": False}
+COMMON = {"lr": 0.05, "T": 1, "fallback": None, "warn_unsupported": False}
+OPTIONS = COMMON | {"lr_cov": 0.1}
+PLAIN_KFAC = {"T_inverse": 1, "damping": 0.3, "damping_mode": "each", "kl_clip": None}
+KINDS = {SINGD: OPTIONS, KFAC: COMMON | PLAIN_KFAC}
+each_kind = pytest.mark.parametrize("kind", KINDS)
 
 
 def net() -> nn.Module:
@@ -27,8 +32,19 @@ def joint(layer: nn.Linear, of: str = "grad") -> Tensor:
     return torch.cat([weight, getattr(layer.bias, of)[:, None]], 1)
 
 
-def moved(model: nn.Module, optimizer: SINGD, digits, step: int) -> list[dict[str, Tensor]]:
-    """One step; what it did to each linear layer: gradient, direction without lr, K and C."""
+def preconditioner(state: dict) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """What multiplies a gradient from the left and from the right, and SINGD's K and C."""
+    dense = lambda f: torch.diag(f) if f.dim() == 1 else f  # noqa: E731
+    if "K" in state:
+        K, C = (dense(state[key][0]).clone() for key in ("K", "C"))
+        return C @ C.T, K @ K.T, {"K": K, "C": C}
+    right, left = (dense(state[key][0]) / state["weight"] for key in ("A", "G"))
+    damped = (m + 0.3 * torch.eye(len(m), dtype=m.dtype) for m in (left, right))
+    return *map(torch.linalg.inv, damped), {}
+
+
+def moved(model: nn.Module, optimizer, digits, step: int) -> list[dict[str, Any]]:
+    """One step; what it did to each linear layer: gradient, direction without lr, factors."""
     optimizer.zero_grad()
     loss_of(model, digits, step).backward()
     layers = [m for m in model if isinstance(m, nn.Linear)]
@@ -37,11 +53,10 @@ def moved(model: nn.Module, optimizer: SINGD, digits, step: int) -> list[dict[st
     found = []
     for layer, (gradient, old) in zip(layers, before, strict=True):
         state = optimizer.state[layer.weight]
-        K, C = (state[key][0].clone() for key in ("K", "C"))
-        K, C = (torch.diag(f) if f.dim() == 1 else f for f in (K, C))
+        left, right, factors = preconditioner(state)
         change = (old - joint(layer, "data")) / optimizer.param_groups[0]["lr"]
-        plain = C @ C.T @ gradient @ K @ K.T
-        found.append({"g": gradient, "d": change, "plain": plain, "K": K, "C": C, "old": old})
+        own = {"g": gradient, "d": change, "old": old, "left": left, "right": right}
+        found.append(own | {"plain": left @ gradient @ right} | factors)
     return found
 
 
@@ -49,44 +64,48 @@ def close(actual: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-12)
 
 
-def steps(digits, count=4, **options):
+def steps(digits, count=4, kind=SINGD, **options):
     """(step, layer's findings) for a few steps."""
     model = net()
-    optimizer = SINGD(model, **(OPTIONS | options))
+    optimizer = kind(model, **(KINDS[kind] | options))
     for step in range(count):
         for at, layer in enumerate(moved(model, optimizer, digits, step)):
             yield step, at, layer
 
 
+@each_kind
 @pytest.mark.parametrize("structure", ["diagonal", "dense"])
 @pytest.mark.parametrize("decoupled", [False, True])
 @pytest.mark.parametrize("nesterov", [False, True])
-def test_momentum_and_weight_decay(digits, structure, decoupled, nesterov):
+def test_momentum_and_weight_decay(digits, kind, structure, decoupled, nesterov):
     buffers = {}
     options = {"nesterov": nesterov, "decoupled_weight_decay": decoupled, "weight_decay": 0.3}
-    for _, at, found in steps(digits, structure=structure, momentum=0.8, **options):
+    for _, at, found in steps(digits, kind=kind, structure=structure, momentum=0.8, **options):
         along = found["plain"] + (0 if decoupled else 0.3 * found["old"])
         buffers[at] = 0.8 * buffers[at] + along if at in buffers else along
         expected = along + 0.8 * buffers[at] if nesterov else buffers[at]
         close(found["d"], expected + (0.3 * found["old"] if decoupled else 0))
 
 
+@each_kind
 @pytest.mark.parametrize("nesterov", [False, True])
-def test_preconditioned_momentum(digits, nesterov):
+def test_preconditioned_momentum(digits, kind, nesterov):
     """Momentum is of gradients, and is preconditioned with the newest factors."""
     buffers = {}
     options = {"precondition": "momentum", "momentum": 0.7, "nesterov": nesterov}
-    for _, at, found in steps(digits, structure="dense", **options):
+    for _, at, found in steps(digits, kind=kind, structure="dense", **options):
         buffers[at] = 0.7 * buffers[at] + found["g"] if at in buffers else found["g"]
         smooth = found["g"] + 0.7 * buffers[at] if nesterov else buffers[at]
-        close(found["d"], found["C"] @ found["C"].T @ smooth @ found["K"] @ found["K"].T)
+        close(found["d"], found["left"] @ smooth @ found["right"])
 
 
+@each_kind
 @pytest.mark.parametrize("structure", ["diagonal", "dense", "block4diagonal"])
-def test_length_of_sgd(digits, structure):
+def test_length_of_sgd(digits, kind, structure):
     """graft="sgd": the direction is ours, the norm the gradient's."""
     model = net()
-    optimizer = SINGD(model, **OPTIONS, structure=structure, graft="sgd", momentum=0.0)
+    options = KINDS[kind] | {"structure": structure, "graft": "sgd", "momentum": 0.0}
+    optimizer = kind(model, **options)
     for step in range(3):
         optimizer.zero_grad()
         loss_of(model, digits, step).backward()
@@ -97,16 +116,19 @@ def test_length_of_sgd(digits, structure):
             close((old - joint(layer, "data")).norm() / 0.05, norm)
 
 
-def test_direction_of_grafted_steps_is_ours(digits):
-    for _, _, found in steps(digits, structure="dense", graft="sgd", momentum=0.0):
+@each_kind
+def test_direction_of_grafted_steps_is_ours(digits, kind):
+    for _, _, found in steps(digits, kind=kind, structure="dense", graft="sgd", momentum=0.0):
         unit = found["plain"] / found["plain"].norm()
         close(found["d"], unit * found["g"].norm())
 
 
-def test_length_of_adamw(digits):
+@each_kind
+def test_length_of_adamw(digits, kind):
     """graft="adamw": the norm of g / (√v̂ + ε); momentum averages, as Adam's first moment."""
     second, buffers = {}, {}
-    for step, at, found in steps(digits, structure="dense", graft="adamw", momentum=0.9):
+    options = {"structure": "dense", "graft": "adamw", "momentum": 0.9}
+    for step, at, found in steps(digits, kind=kind, **options):
         second[at] = 0.999 * second.get(at, 0) + 0.001 * found["g"] ** 2
         adam = found["g"] / ((second[at] / (1 - 0.999 ** (step + 1))).sqrt() + 1e-8)
         along = found["plain"] / found["plain"].norm() * adam.norm()
@@ -114,19 +136,21 @@ def test_length_of_adamw(digits):
         close(found["d"], buffers[at])
 
 
-def test_root_mean_square(digits):
-    for _, _, found in steps(digits, structure="dense", update_rms=0.2, momentum=0.0):
+@each_kind
+def test_root_mean_square(digits, kind):
+    for _, _, found in steps(digits, kind=kind, structure="dense", update_rms=0.2, momentum=0.0):
         assert found["d"].square().mean().sqrt().item() == pytest.approx(0.2)
         close(found["d"] / found["d"].norm(), found["plain"] / found["plain"].norm())
 
 
-def test_kl_clip(digits):
+@each_kind
+def test_kl_clip(digits, kind):
     """All layers shrink by the one factor min(1, √(κ / |lr² Σ ⟨d, g⟩|))."""
     shrunk = set()
     for kappa in (1e-6, 1e6):
         model = net()
-        options = OPTIONS | {"momentum": 0.0, "kl_clip": kappa}
-        optimizer = SINGD(model, structure="dense", **options)
+        options = KINDS[kind] | {"momentum": 0.0, "kl_clip": kappa}
+        optimizer = kind(model, **(options | {"structure": "dense"}))
         for step in range(2):
             found = moved(model, optimizer, digits, step)
             change = 0.05**2 * sum((f["plain"] * f["g"]).sum() for f in found)
@@ -137,10 +161,11 @@ def test_kl_clip(digits):
     assert shrunk == {True, False}
 
 
-def test_warmup_follows_gradients_while_factors_form(digits):
-    for step, _, found in steps(digits, structure="dense", warmup=2, momentum=0.0):
+@each_kind
+def test_warmup_follows_gradients_while_factors_form(digits, kind):
+    for step, _, found in steps(digits, kind=kind, structure="dense", warmup=2, momentum=0.0):
         close(found["d"], found["g"] if step < 2 else found["plain"])
-        assert not is_identity(found["K"][None])
+        assert not is_identity(found["left"][None]) and not is_identity(found["right"][None])
 
 
 def test_root_exponent(digits):
