@@ -38,12 +38,13 @@ PACKAGES = ("tn_kfac", "torch", "singd", "lightning", "transformers", "accelerat
 LONGEST_REASON = 90
 NOTE = """\
 yes: the habit holds. no: it raised, or a comparison failed; the reason is the error's own first
-line. SINGD and KFAC are those of tn_kfac, singd is the package. n/a: it has no meaning for that optimizer. "Equal" always compares an optimizer with itself,
-run plainly: some steps, mostly in float64, parameters and state to a relative 1e-7 (to 1e-3 with
-a GradScaler in float32), or bit by bit where that is to be expected. Habits are those of torch's
-documentation: a recipe that only one optimizer documents does not count. Both SINGDs have the
-same options (dense, T=1), and layers that the package supports, except where a habit is about
-others. Each is a few lines of benchmarks/habits/."""
+line. SINGD and KFAC are those of tn_kfac, singd is the package. n/a: it has no meaning for that
+optimizer. "Equal" always compares an optimizer with itself, run plainly: some steps, mostly in
+float64, parameters and state to a relative 1e-7 (to 1e-3 with a GradScaler in float32), or bit by
+bit where that is to be expected. Habits are those of torch's documentation: a recipe that only
+one optimizer documents does not count. Both SINGDs have the same options (dense, T=1), and layers
+that the package supports, except where a habit is about others. Each is a few lines of
+benchmarks/habits/."""
 
 
 def judge(habit: str, peer: Peer, limit: float) -> dict[str, Any]:

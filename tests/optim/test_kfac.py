@@ -214,10 +214,9 @@ def test_staggered_inverses(digits):
     optimizer = KFAC(model, **PLAIN, stagger=True, T_inverse=4, damping=0.1)
     refreshed = []
     for step in range(12):
-        before = [optimizer.state[layer.weight].get("refreshed", 0) for layer in model[1:]]
         train(model, optimizer, digits, [step])
-        after = [optimizer.state[layer.weight]["refreshed"] for layer in model[1:]]
-        refreshed.append([new - old for new, old in zip(after, before, strict=True)])
+        inverted = [optimizer.state[layer.weight]["inverted"] for layer in model[1:]]
+        refreshed.append([int(at == step + 1) for at in inverted])
         if step == 0:
             state = optimizer.state[model[4].weight]
             assert state["A_values"].unique().numel() == 1
@@ -230,13 +229,23 @@ def test_early_inverses_come_often(digits):
     """Averages of few batches are poor: 0, 1, 2, 4, 8, and then every ten steps."""
     model = net()
     optimizer = KFAC(model, **PLAIN, T_inverse=10, damping=1.0)
-    times, seen = [], 0
+    times = set()
     for step in range(31):
         train(model, optimizer, (digits[0][:64], digits[1][:64]), [step % 8])
-        now = optimizer.state[model[1].weight]["refreshed"]
-        times += [step] * (now - seen)
-        seen = now
-    assert times == [0, 1, 2, 4, 8, 10, 20, 30]
+        times.add(optimizer.state[model[1].weight]["inverted"] - 1)
+    assert times == {0, 1, 2, 4, 8, 10, 20, 30}
+
+
+def test_without_new_factors_there_is_no_new_inverse(digits):
+    """What is due waits for them."""
+    model, seen = net(), []
+    optimizer = KFAC(model, **PLAIN, T=4, T_inverse=3, damping=1.0)
+    for step in range(12):
+        before = optimizer.state[model[1].weight].get("inverted", 0)
+        train(model, optimizer, digits, [step])
+        if optimizer.state[model[1].weight]["inverted"] > before:
+            seen.append(step)
+    assert seen == [0, 4, 8]
 
 
 def test_intervals_may_be_callables(digits):

@@ -52,7 +52,7 @@ def warm_iterations(new: float | None) -> int:
     """How many iterations of Newton-Schulz, by the new part of an average; None: all is new."""
     if new is None:
         return COLD_ITERATIONS
-    return next(count for limit, count in WARM_ITERATIONS if new <= limit)
+    return next(count for limit, count in WARM_ITERATIONS if min(new, 1.0) <= limit)
 
 
 def inverses(

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tn_kfac.curvature import Measured, Recipe
 from tn_kfac.curvature.fisher import loss_module
 from tn_kfac.curvature.statistics import Fisher
-from tn_kfac.optim import checks, refresh
+from tn_kfac.optim import checks, intervals, refresh
 from tn_kfac.optim.adaptive import Adaptation, adapt
 from tn_kfac.optim.averages import update_averages, update_moments
 from tn_kfac.optim.base import KroneckerOptimizer
@@ -50,7 +50,7 @@ class KFAC(KroneckerOptimizer):
             to wait.
         T_inverse: Steps between new inverses (or eigenbases), likewise. Averages of the first
             few batches are poor: an integer has inverses at steps 1, 2, 4, 8 and so on too, until
-            the interval has passed (not with `stagger`).
+            the interval has passed (not with `stagger`). Without new factors there is no new one.
         loss_average: What the loss averages over: "batch", "batch+sequence" or None for a sum.
         factor_decay: β of the averages A ← β A + (1 − β) Â, which are debiased.
         inverse: "eigh" keeps eigenvectors, so that damping may change at every step, and is
@@ -180,13 +180,15 @@ class KFAC(KroneckerOptimizer):
         groups = recipe.layer.groups
         ins = recipe.input_structure.coordinate_shape(recipe.dim_in)
         outs = recipe.output_structure.coordinate_shape(recipe.dim_out)
+        at = next(at for at, other in enumerate(self._bindings) if other is binding)
+        turn = intervals.first_turn(at, len(self._bindings), group)
         state: dict[str, Any] = {
             "A": torch.zeros(groups, *ins, dtype=dtypes[0], device=device),
             "G": torch.zeros(groups, *outs, dtype=dtypes[1], device=device),
             "weight": torch.zeros((), dtype=dtypes[0], device=device),
-            "refreshed": 0,
             "inverted": 0,
-            "refresh": self._turn(binding, group) if group["stagger"] else 0,
+            "refresh": turn,
+            "turn": turn,
         }
         state |= refresh.new_state(self._layer(binding, state), group["inverse"], dtypes, device)
         if recipe.moments or group["ekfac"] == "ema":
@@ -195,13 +197,8 @@ class KFAC(KroneckerOptimizer):
             state["moments_weight"] = torch.zeros((), dtype=dtypes[1], device=device)
         return state
 
-    def _turn(self, binding: Binding, group: Group) -> int:
-        """The step, below T_inverse, of a layer whose group is staggered."""
-        at = next(at for at, other in enumerate(self._bindings) if other is binding)
-        return at * group["T_inverse"] // len(self._bindings)
-
     def _basis(self, binding: Binding, state: dict[str, Any]) -> tuple[Tensor, Tensor] | None:
-        if not (binding.tap.recipe.moments and state["refreshed"]):
+        if not (binding.tap.recipe.moments and state["inverted"]):
             return None
         return state["A_basis"], state["G_basis"]
 
@@ -210,7 +207,7 @@ class KFAC(KroneckerOptimizer):
     ) -> None:
         recipe = binding.tap.recipe
         update_averages(state, captured.factors, group["factor_decay"])
-        if not state["refreshed"] or "moments" not in state:
+        if not state["inverted"] or "moments" not in state:
             return
         moments = captured.moments
         if moments is None:
@@ -227,16 +224,13 @@ class KFAC(KroneckerOptimizer):
             state = self.state[binding.parameters[0]]
             layer, damping = self._layer(binding, state), self._damping(state, group)
             mode, exponent = group["damping_mode"], group["exponent"]
-            if not state.get("updates"):
-                continue
-            if state["step"] < state["refresh"]:
-                if not state["refreshed"]:
-                    refresh.isotropic(layer, damping, mode, exponent)
-                continue
-            iterations = warm_iterations(self._new_part(state, group))
-            key = (group["inverse"], mode, exponent, iterations)
-            together.setdefault(key, []).append((layer, damping))
-            self._schedule(state, binding, group)
+            if intervals.is_due(state):
+                iterations = warm_iterations(intervals.new_part(state, group))
+                key = (group["inverse"], mode, exponent, iterations)
+                together.setdefault(key, []).append((layer, damping))
+                intervals.schedule(state, group)
+            elif state.get("updates") and not state["inverted"]:
+                refresh.isotropic(layer, damping, mode, exponent)
         for (inverse, mode, exponent, iterations), pairs in together.items():
             layers, dampings = zip(*pairs, strict=True)
             if inverse == "eigh":
@@ -244,27 +238,6 @@ class KFAC(KroneckerOptimizer):
             else:
                 options = (layers, dampings, mode, inverse, exponent, iterations)
                 refresh.refresh_inverses(*options, self._notice)
-
-    def _schedule(self, state: dict[str, Any], binding: Binding, group: Group) -> None:
-        """Note when a layer's inverse is due next."""
-        T, step = group["T_inverse"], state["step"]
-        if callable(T):
-            wait = T(step)
-            checks.interval("T_inverse(step)", wait)
-        else:
-            turn = self._turn(binding, group) if group["stagger"] else 0
-            early = T if group["stagger"] else max(step, 1)
-            wait = min(T - (step - turn) % T, early)
-        state["refresh"] = step + wait
-        state["refreshed"] += 1
-        state["inverted"] = state["updates"]
-
-    def _new_part(self, state: dict[str, Any], group: Group) -> float | None:
-        """How much of the averages came after the last inverse; None: there is none."""
-        if not state["refreshed"]:
-            return None
-        decay, updates, before = group["factor_decay"], state["updates"], state["inverted"]
-        return 1.0 - decay ** (updates - before) * (1.0 - decay**before) / (1.0 - decay**updates)
 
     def _damping(self, state: dict[str, Any], group: Group) -> Damping:
         damping: Damping | Callable[[int], float] = group["damping"]
