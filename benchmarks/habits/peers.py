@@ -59,7 +59,9 @@ def _adamw(
 
 
 def _kfac(model: nn.Module, params: Any, **options: Any) -> KFAC:
-    """With inverses in every step, and options of SINGD's own left out.
+    """With inverses in every step, and without options of SINGD's own.
+
+    Not with eigenvectors, whose signs cannot be compared.
 
     Raises:
         NotApplicable: If the habit is about such an option.
@@ -68,7 +70,7 @@ def _kfac(model: nn.Module, params: Any, **options: Any) -> KFAC:
         raise NotApplicable
     apart = ("lr_cov", "structures", "kfac_like", "init_grad_scale")
     kept = {key: value for key, value in options.items() if key not in apart}
-    plain = {"T_inverse": 1, "damping": 0.1, "kl_clip": None}
+    plain = {"T_inverse": 1, "inverse": "cholesky", "damping": 0.1, "kl_clip": None}
     return KFAC(model, params, **(plain | kept))
 
 

@@ -28,21 +28,17 @@ def schedule(state: State, group: Group) -> None:
     Not staggered, an integer has inverses at the steps 1, 2, 4, ... too, until the first interval
     has passed.
     """
-    T, step = group["T_inverse"], state["step"]
-    if callable(T):
-        wait = _waited(T, step)
+    T: int | Callable[[int], int] = group["T_inverse"]
+    step: int = state["step"]
+    if not isinstance(T, int):
+        wait = T(step)
+        checks.interval("T_inverse(step)", wait)
     elif group["stagger"]:
         wait = T - (step - state["turn"]) % T
     else:
         wait = min(T - step % T, max(step, 1))
     state["refresh"] = step + wait
     state["inverted"] = state["updates"]
-
-
-def _waited(T: Callable[[int], int], step: int) -> int:
-    wait: int = T(step)
-    checks.interval("T_inverse(step)", wait)
-    return wait
 
 
 def new_part(state: State, group: Group) -> float | None:
