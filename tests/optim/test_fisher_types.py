@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from optimizers import OPTIMIZERS, each_optimizer, first_factor
+from optimizers import OPTIMIZERS, each_optimizer, factors_of, first_factor
 from torch import nn
 
 LOSS = nn.CrossEntropyLoss()
@@ -77,6 +77,41 @@ def test_a_forgotten_call_is_an_error(build, digits):
     with pytest.raises(RuntimeError, match=r"optimizer\.curvature"):
         optimizer.step()
     assert all(map(torch.equal, before, model.parameters()))
+
+
+@each_optimizer
+def test_an_interval_that_is_shortened_waits_for_the_next_pass(build, digits):
+    """The forward pass before was not measured, so the factors stay until the next."""
+    model = net()
+    optimizer = build(model, fisher="mc", T=10)
+    for at in range(4):
+        x, y = batch(digits, at)
+        step(model, optimizer, [(x, y)])
+        if at == 1:
+            for group in optimizer.param_groups:
+                group["T"] = 1
+        assert optimizer.state[next(iter(model.parameters()))]["updates"] == (1, 1, 1, 2)[at]
+
+
+@each_optimizer
+@pytest.mark.parametrize("fisher", ["mc", "type-2"])
+def test_outputs_that_are_not_finite_move_no_factor(build, fisher, digits):
+    """No sampling from no distribution: the step is the user's to skip."""
+    model = net()
+    optimizer = build(model, fisher=fisher)
+    step(model, optimizer, [batch(digits, 0)])
+    state = optimizer.state[next(iter(model.parameters()))]
+    before = [factor.clone() for factor in factors_of(state)]
+    x, y = batch(digits, 1)
+    optimizer.zero_grad()
+    outputs = model(x * float("nan"))
+    optimizer.curvature(outputs, "cross_entropy", y)
+    LOSS(outputs, y).backward()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.grad.zero_()
+    optimizer.step()
+    assert all(map(torch.equal, before, factors_of(state)))
 
 
 @each_optimizer

@@ -248,6 +248,30 @@ def test_without_new_factors_there_is_no_new_inverse(digits):
     assert seen == [0, 4, 8]
 
 
+def test_an_interval_may_be_changed(digits):
+    """As schedules of other options, from the next step on."""
+    model, seen = net(), []
+    optimizer = KFAC(model, **PLAIN, T_inverse=100, damping=1.0)
+    for step in range(12):
+        before = optimizer.state[model[1].weight].get("inverted", 0)
+        train(model, optimizer, (digits[0][:64], digits[1][:64]), [step % 8])
+        if optimizer.state[model[1].weight]["inverted"] > before:
+            seen.append(step)
+        if step == 5:
+            optimizer.param_groups[0]["T_inverse"] = 3
+    assert seen == [0, 1, 2, 4, 6, 9]
+
+
+def test_a_callable_that_raises_leaves_inverses_that_are_right(digits):
+    model = net()
+    waits = iter([1, 0])
+    optimizer = KFAC(model, **PLAIN, T_inverse=lambda step: next(waits), damping=1.0)
+    with pytest.raises(ValueError, match=r"T_inverse\(step\)"):
+        train(model, optimizer, digits, [0])
+    for layer in (model[1], model[3]):
+        assert optimizer.state[layer.weight]["A_values"].unique().numel() > 1
+
+
 def test_intervals_may_be_callables(digits):
     model = net()
     waits = {0: 3, 3: 1, 4: 5, 9: 100}

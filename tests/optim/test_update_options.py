@@ -162,6 +162,18 @@ def test_kl_clip(digits, kind):
 
 
 @each_kind
+def test_kl_clip_of_products_that_overflow(digits, kind):
+    """Finite gradients leave finite parameters."""
+    model = net().float()
+    optimizer = kind(model, **(KINDS[kind] | {"kl_clip": 1e-3}))
+    train(model, optimizer, digits, range(2))
+    optimizer.zero_grad()
+    (loss_of(model, digits, 2) * 1e25).backward()
+    optimizer.step()
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
+@each_kind
 def test_warmup_follows_gradients_while_factors_form(digits, kind):
     for step, _, found in steps(digits, kind=kind, structure="dense", warmup=2, momentum=0.0):
         close(found["d"], found["g"] if step < 2 else found["plain"])

@@ -59,6 +59,7 @@ class Categorical(Likelihood):
 
     def sample(self, generator: torch.Generator | None) -> Tensor:
         flat = self.p.reshape(-1, self.p.shape[-1])
+        flat = torch.where(flat.isfinite().all(-1, keepdim=True), flat, 1.0)  # its row stays NaN
         labels = torch.multinomial(flat, 1, generator=generator).reshape(self.p.shape[:-1])
         one_hot = torch.zeros_like(self.p).scatter_(-1, labels[..., None], 1.0)
         return self._scaled(self.p - one_hot)

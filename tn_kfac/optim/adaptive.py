@@ -48,28 +48,38 @@ class Adaptation:
     """What a model did in a step's forward pass, and what follows for the next update."""
 
     def __init__(self, model: nn.Module) -> None:
+        self._compiled = hasattr(model, "_orig_mod")
         self._model: nn.Module = getattr(model, "_orig_mod", model)
-        self._call: tuple[tuple[Any, ...], dict[str, Any]] | None = None
+        self._call: tuple[tuple[Any, ...], dict[str, Any], Any] | None = None
         self._batches: list[Batch] = []
 
     def attach(self) -> list[RemovableHandle]:
-        """Hook the model, to know its inputs."""
-        return [self._model.register_forward_pre_hook(_Inputs(self), with_kwargs=True)]
+        """Hook the model, to know its inputs and outputs."""
+        return [self._model.register_forward_hook(_Called(self), with_kwargs=True)]
 
-    def called(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """A forward pass begins."""
-        self._call = args, kwargs
+    def called(self, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: Any) -> None:
+        """A forward pass is over."""
+        self._call = args, kwargs, outputs
 
     def note(self, outputs: Tensor, loss: nn.Module, targets: Tensor | None) -> None:
-        """Its loss is known."""
-        if self._call is not None:
-            self._batches.append(Batch(*self._call, loss, targets, outputs.detach()))
-            self._call = None
+        """Its loss is known.
+
+        Raises:
+            ValueError: If these are not the outputs that the model returned last.
+        """
+        args, kwargs, last = self._call or ((), {}, None)
+        alike = self._compiled and isinstance(last, Tensor) and last.shape == outputs.shape
+        if outputs is not last and not alike:
+            raise ValueError(
+                "adaptive hyper-parameters call the model again: outputs must be the tensor that "
+                "model(...) returned last. Move what is done to it, or picked of it, into the model"
+            )
+        self._batches.append(Batch(args, kwargs, loss, targets, outputs.detach()))
+        self._call = None
 
     def clear(self) -> None:
         """Forget the step's forward passes."""
         self._batches.clear()
-        self._call = None
 
     def batch(self) -> Batch:
         """The step's one forward pass.
@@ -79,8 +89,9 @@ class Adaptation:
         """
         if len(self._batches) != 1:
             raise RuntimeError(
-                f"adaptive hyper-parameters need one optimizer.curvature(outputs, loss, targets) "
-                f"between the forward and the backward pass of each step, got {len(self._batches)}"
+                "adaptive hyper-parameters need one optimizer.curvature(outputs, loss, targets) "
+                "between the forward and the backward pass of each step, got "
+                f"{len(self._batches)} since the last step or optimizer.zero_grad()"
             )
         return self._batches[0]
 
@@ -89,17 +100,22 @@ class Adaptation:
         """The loss of outputs."""
         return batch.loss(outputs) if batch.targets is None else batch.loss(outputs, batch.targets)
 
-    def outputs_now(self, batch: Batch) -> Tensor:
-        """The model's outputs with its present parameters; no buffer is changed."""
+    def change(self, batch: Batch) -> Tensor:
+        """The batch's loss with the present parameters, less what it was; no buffer changes."""
         buffers = {name: b.clone() for name, b in self._model.named_buffers()}
         with torch.no_grad():
-            return functional_call(self._model, buffers, batch.args, batch.kwargs)
+            now = functional_call(self._model, buffers, batch.args, batch.kwargs)
+            return self.value(batch, now) - self.value(batch, batch.outputs)
 
-    def products(self, batch: Batch, vectors: Sequence[Vector]) -> Tensor:
-        """The matrix of all vᵢᵀ F vⱼ."""
-        parameters = {name: p.detach() for name, p in self._model.named_parameters()}
+    def products(self, batch: Batch, vectors: Sequence[Vector], at: Vector) -> Tensor:
+        """The matrix of all vᵢᵀ F vⱼ, where parameters have the values `at`, or their own.
+
+        Raises:
+            RuntimeError: If an operation of the model has no forward-mode derivative.
+        """
+        parameters = {n: at.get(p, p).detach() for n, p in self._model.named_parameters()}
         names: dict[Tensor, str] = {p: name for name, p in self._model.named_parameters()}
-        buffers = {name: b.clone() for name, b in self._model.named_buffers()}
+        buffers = dict(self._model.named_buffers())
 
         def outputs(part: dict[str, Tensor]) -> Tensor:
             state = {k: v.clone() for k, v in buffers.items()}
@@ -111,23 +127,33 @@ class Adaptation:
         for vector in vectors:
             tangent = {names[p]: v.to(p.dtype) for p, v in vector.items()}
             primal = {name: parameters[name] for name in tangent}
-            reached, image = jvp(outputs, (primal,), (tangent,))[:2]
+            try:
+                reached, image = jvp(outputs, (primal,), (tangent,))[:2]
+            except (NotImplementedError, RuntimeError) as error:
+                raise RuntimeError(
+                    "adaptive hyper-parameters need forward-mode derivatives of the model, which "
+                    f"failed: {error}. Use another implementation of that operation (for "
+                    "attention: torch.nn.attention.sdpa_kernel(SDPBackend.MATH) around step), or "
+                    "leave out adaptive"
+                ) from error
             slope = grad(lambda o: self.value(batch, o).sum())
             images.append(image.flatten())
             curved.append(vjp(slope, reached)[1](image)[0].flatten())
         return torch.stack(images) @ torch.stack(curved).mT
 
 
-class _Inputs:
+class _Called:
     """The hook of an `Adaptation`; copies of the model do nothing."""
 
     def __init__(self, owner: Adaptation) -> None:
         self.owner = owner
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Note the inputs of a training pass."""
+    def __call__(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: Any
+    ) -> None:
+        """Note the inputs and outputs of a training pass."""
         if torch.is_grad_enabled() and not torch._C._are_functorch_transforms_active():
-            self.owner.called(args, kwargs)
+            self.owner.called(args, kwargs, outputs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> InertHook:
         return InertHook()
@@ -177,62 +203,78 @@ def coefficients(
     return torch.nan_to_num(torch.stack([alpha, mu]), 0.0, 0.0, 0.0)
 
 
-def adapted(group: Group, ratio: Tensor) -> None:
-    """Grow a group's damping where the ratio is low (or no number), shrink it where it is high."""
+def scaled(group: Group, factor: Tensor) -> None:
+    """Multiply a group's damping, within bounds."""
+    damping = torch.as_tensor(group["damping"], dtype=factor.dtype, device=factor.device)
+    group["damping"] = (damping * factor).clamp(LEAST, MOST)
+
+
+def by_ratio(ratio: Tensor) -> Tensor:
+    """The change of the damping: it grows where the ratio is low (or no number)."""
     factor = DECAY**EVERY
-    damping = torch.as_tensor(group["damping"], dtype=ratio.dtype, device=ratio.device)
-    grown = torch.where(ratio > HIGH, damping * factor, damping)
-    grown = torch.where(ratio >= LOW, grown, damping / factor)
-    group["damping"] = grown.clamp(LEAST, MOST)
+    shrunk = torch.where(ratio > HIGH, factor, torch.ones_like(ratio))
+    return torch.where(ratio >= LOW, shrunk, 1.0 / factor)
 
 
-def adapt(
+def is_time(state: dict[str, Any], wanted: Sequence[str]) -> bool:
+    """Count a step; whether the damping follows the ratio in it."""
+    state["adapted"] = state.get("adapted", 0) + 1
+    return "damping" in wanted and state["adapted"] % EVERY == 0
+
+
+def move(
     adaptation: Adaptation,
     groups: Sequence[Group],
     directions: Vector,
     states: Mapping[Tensor, dict[str, Any]],
     wanted: Sequence[str],
 ) -> None:
-    """Update parameters along directions and last updates, and the damping if it is time.
+    """Update parameters by the best α Δ + μ δ₀, and the damping if it is time.
 
-    The damping of the first group is that of the model.
+    An update that does not lower the batch's loss is taken back, and the damping grows at once:
+    the model is no use so far away. Numbers that are not adaptive are the first group's.
     """
     batch = adaptation.batch()
-    owner = states[next(iter(directions))]
-    owner["adapted"] = owner.get("adapted", 0) + 1
     lr = None if "lr" in wanted else groups[0]["lr"]
     momentum = None if "momentum" in wanted else groups[0]["momentum"]
-    due = "damping" in wanted and owner["adapted"] % EVERY == 0
     down = {p: -d for p, d in directions.items()}
     last = {p: states[p]["delta"] for p in directions if "delta" in states[p]}
-    if due or lr is None or momentum is None:
-        vectors = [down, last] if last else [down]
-        gradients = {p: p.grad for p in directions if p.grad is not None}
-        F = adaptation.products(batch, vectors)
-        overlaps = torch.stack([torch.stack([dot(v, w) for w in vectors]) for v in vectors])
-        slopes = torch.stack([dot(v, gradients) for v in vectors]).to(F.dtype)
-        damped = F + groups[0]["damping"] * overlaps.to(F.dtype)
-        c = coefficients(damped, slopes, lr, momentum)
-        predicted = 0.5 * c @ F @ c + slopes @ c
-        _move(down, last, c.unbind(), states)
-        if due:
-            now = adaptation.value(batch, adaptation.outputs_now(batch))
-            actual = now - adaptation.value(batch, batch.outputs)
-            ratio = torch.where(predicted < 0, actual / predicted, -1.0)  # no descent: too long
-            for group in groups:
-                adapted(group, ratio)
-    else:
-        _move(down, last, (lr, momentum), states)
+    vectors = [down, last] if last else [down]
+    gradients = {p: p.grad for p in directions if p.grad is not None}
+    F = adaptation.products(batch, vectors, {})
+    overlaps = torch.stack([torch.stack([dot(v, w) for w in vectors]) for v in vectors])
+    slopes = torch.stack([dot(v, gradients) for v in vectors]).to(F.dtype)
+    c = coefficients(F + groups[0]["damping"] * overlaps.to(F.dtype), slopes, lr, momentum)
+    deltas = {p: v * c[0] + (last[p] * c[1] if p in last else 0.0) for p, v in down.items()}
+    before = {p: p.detach().clone() for p in deltas}
+    for p, delta in deltas.items():
+        p.add_(delta.to(p.dtype))
+    actual = adaptation.change(batch)
+    kept = actual <= 0
+    for p, delta in deltas.items():
+        p.copy_(torch.where(kept, p, before[p]))
+        states[p]["delta"] = torch.where(kept, delta, 0.0).to(p.dtype)
+    predicted = 0.5 * c @ F @ c + slopes @ c
+    factor = torch.where(kept, torch.ones_like(actual), 1.0 / DECAY**EVERY)
+    if is_time(states[next(iter(directions))], wanted):
+        factor = torch.where(kept, by_ratio(_ratio(actual, predicted)), factor)
+    for group in groups if "damping" in wanted else ():
+        scaled(group, factor)
 
 
-def _move(
-    down: Vector, last: Vector, c: Sequence[Any], states: Mapping[Tensor, dict[str, Any]]
+def follow(
+    adaptation: Adaptation, groups: Sequence[Group], before: Vector, gradients: Vector
 ) -> None:
-    """θ ← θ + α Δ + μ δ₀, which is remembered."""
-    for p, step in down.items():
-        delta = step * c[0]
-        if p in last:
-            delta = delta + last[p] * c[1]
-        delta = delta.to(p.dtype)
-        p.add_(delta)
-        states[p]["delta"] = delta
+    """The damping after a plain update, from parameters as they were `before`."""
+    batch = adaptation.batch()
+    delta = {p: p.detach() - old for p, old in before.items()}
+    F = adaptation.products(batch, [delta], before)
+    slope = dot(delta, gradients).to(F.dtype)
+    factor = by_ratio(_ratio(adaptation.change(batch), 0.5 * F[0, 0] + slope))
+    for group in groups:
+        scaled(group, factor)
+
+
+def _ratio(actual: Tensor, predicted: Tensor) -> Tensor:
+    """The reduction ratio; low, where not even the model predicts a reduction."""
+    return torch.where(predicted < 0, actual / predicted, -1.0)

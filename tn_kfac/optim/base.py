@@ -83,6 +83,7 @@ class KroneckerOptimizer(HookedOptimizer):
         empirical = any(b.tap.recipe.fisher == "empirical" for b in self._bindings)
         scale = unscale(self, empirical)
         if not found_inf(self):
+            self._check_step()
             groups = {p: group for group in self.param_groups for p in group["params"]}
             directions: dict[Tensor, Tensor] = {}
             active = [
@@ -90,15 +91,18 @@ class KroneckerOptimizer(HookedOptimizer):
                 for b in self._bindings
                 if any(p.grad is not None for p in b.parameters)
             ]
-            check_measured(self._bindings, lambda b: self._is_due(b, groups[b.parameters[0]]))
             counted = [self._take_in(binding, group, scale) for binding, group in active]
             self._refresh(active)
             for (binding, group), counts in zip(active, counted, strict=True):
                 directions |= self._layer_directions(binding, group, counts)
             self._write_all(directions)
-        for binding in self._bindings:
-            binding.tap.clear()
+        self._clear()
         return loss
+
+    def _check_step(self) -> None:
+        """Check that all that the step needs was measured, before anything is changed."""
+        groups = {p: group for group in self.param_groups for p in group["params"]}
+        check_measured(self._bindings, lambda b: self._is_due(b, groups[b.parameters[0]]))
 
     def _is_due(self, binding: Binding, group: Group) -> bool:
         """Whether the next step updates the factors of a layer."""

@@ -149,6 +149,10 @@ class HookedOptimizer(Optimizer, ABC):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear gradients, and with them the curvature they came with."""
         super().zero_grad(set_to_none)
+        self._clear()
+
+    def _clear(self) -> None:
+        """Forget what was measured."""
         for binding in self._bindings:
             binding.tap.clear()
 

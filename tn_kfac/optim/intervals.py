@@ -16,28 +16,35 @@ def first_turn(at: int, layers: int, group: Group) -> int:
     return at * group["T_inverse"] // layers if group["stagger"] else 0
 
 
-def is_due(state: State) -> bool:
+def is_due(state: State, group: Group) -> bool:
     """Whether its turn has come, and there is anything new; if not, what is due stays due."""
-    updates = state.get("updates", 0)
-    return updates > state["inverted"] and state["step"] >= state["refresh"]
+    return state.get("updates", 0) > state["inverted"] and state["step"] >= _next(state, group)
 
 
-def schedule(state: State, group: Group) -> None:
-    """Note that a layer's inverse is computed now, and when it is due next.
+def _next(state: State, group: Group) -> int:
+    """The step of the next inverse.
 
     Not staggered, an integer has inverses at the steps 1, 2, 4, ... too, until the first interval
     has passed.
     """
     T: int | Callable[[int], int] = group["T_inverse"]
+    last: int = state["last_inverse"]
+    if last < 0 or not isinstance(T, int):
+        return state["refresh"]
+    if group["stagger"]:
+        return last + T - (last - state["turn"]) % T
+    return last + min(T - last % T, max(last, 1))
+
+
+def schedule(state: State, group: Group) -> None:
+    """Note that a layer's inverse was computed, and when a callable has it computed next."""
+    T: int | Callable[[int], int] = group["T_inverse"]
     step: int = state["step"]
     if not isinstance(T, int):
         wait = T(step)
         checks.interval("T_inverse(step)", wait)
-    elif group["stagger"]:
-        wait = T - (step - state["turn"]) % T
-    else:
-        wait = min(T - step % T, max(step, 1))
-    state["refresh"] = step + wait
+        state["refresh"] = step + wait
+    state["last_inverse"] = step
     state["inverted"] = state["updates"]
 
 

@@ -23,7 +23,7 @@ Inverse = Literal["eigh", "cholesky", "newton-schulz"]
 Blockwise = Callable[..., tuple[Tensor, ...]]
 COLD_ITERATIONS = 30
 """Of Newton-Schulz from a multiple of I: enough for condition numbers up to 1e8."""
-WARM_ITERATIONS = ((0.1, 2), (0.3, 4), (1.0, 8))
+WARM_ITERATIONS = ((0.1, 2), (0.3, 4), (0.5, 8), (1.0, COLD_ITERATIONS))
 """Of Newton-Schulz from the last inverse, if up to so much of the average is new since."""
 SAFE_RADIUS = 0.95
 """Of I − B X, for Newton-Schulz to start from X as it is; it converges below 1."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
@@ -12,15 +11,15 @@ from torch import Tensor, nn
 from tn_kfac.curvature import Measured, Recipe
 from tn_kfac.curvature.fisher import loss_module
 from tn_kfac.curvature.statistics import Fisher
+from tn_kfac.optim import adaptive as adapting
 from tn_kfac.optim import checks, intervals, refresh
-from tn_kfac.optim.adaptive import Adaptation, adapt
 from tn_kfac.optim.averages import update_averages, update_moments
 from tn_kfac.optim.base import KroneckerOptimizer
 from tn_kfac.optim.binding import Binding
 from tn_kfac.optim.damping import Damping, by_inverses, in_eigenbasis, to_basis
 from tn_kfac.optim.groups import Group
 from tn_kfac.optim.inverses import Inverse, warm_iterations
-from tn_kfac.optim.kfac_options import adaptive_names, checked, limited
+from tn_kfac.optim.kfac_options import adaptive_names, check_spaces, checked
 from tn_kfac.optim.notice import Notice
 from tn_kfac.optim.singd import Structures
 
@@ -61,8 +60,9 @@ class KFAC(KroneckerOptimizer):
         damping_mode: "factored" adds π√λ to A and √λ/π to G, "each" λ to both, "exact" λ to
             the eigenvalues of G ⊗ A. By default "factored"; "exact" for `ekfac`.
         exponent: 1 for the natural gradient, or 1/2 for inverse square roots.
-        ekfac: "exact" (or True): second moments of each example's gradient, of layers with rows
-            (not embeddings and norms, which keep their Kronecker eigenvalues); "ema": of
+        ekfac: "exact" (or True): second moments of each example's gradient (of each call's, where
+            a layer is called twice), of layers with rows (embeddings and norms keep their
+            Kronecker eigenvalues); "ema": of
             the batch's gradient, as in Adam, whose scale is smaller by the batch size.
         stagger: Whether layers take turns, so that no step has all inverses to compute. Until
             its first turn, a layer's factors count as multiples of I.
@@ -72,10 +72,11 @@ class KFAC(KroneckerOptimizer):
             or become diagonal (`beyond_max_dim`), with a warning. None: no limit.
         adaptive: True, or some of "damping", "lr" and "momentum": choose them by the exact
             quadratic model of each batch's loss (https://arxiv.org/abs/1503.05671, Sections 6.4,
-            6.5, 7), at the price of two forward-mode passes, and of a forward pass every fifth. It
-            needs `curvature(outputs, loss, targets)` in each step, one batch a step, a model
-            without randomness, and no weight decay; `lr` (and its schedule) and `kl_clip`
-            do not matter then. `damping` is where it starts.
+            6.5, 7), at the price of two forward-mode passes and a forward pass. It needs
+            `curvature(outputs, loss, targets)` in each step, with what the model returned; one
+            batch a step; no dropout. `damping` is where it starts. With "lr" or "momentum", an
+            update that raises the batch's loss is taken back (and the damping grows), there is
+            no weight decay, and `kl_clip` and schedules of `lr` do not matter.
         kl_clip: κ: shrink a group's update by min(1, √(κ / |lr² Σ ⟨update, gradient⟩|)).
 
     Raises:
@@ -144,9 +145,8 @@ class KFAC(KroneckerOptimizer):
         given = dict(locals())
         apart = ("self", "model", "params", "warn_unsupported", "norms", "__class__")
         options = {key: value for key, value in given.items() if key not in apart}
-        self._notice = Notice()
+        self._notice, self._adaptation = Notice(), adapting.Adaptation(model)
         super().__init__(model, params, options, warn_unsupported, norms)
-        self._adaptation = Adaptation(model)
         if self._options["adaptive"]:
             self._handles += self._adaptation.attach()
 
@@ -154,21 +154,7 @@ class KFAC(KroneckerOptimizer):
         return checked(super()._checked(options))
 
     def _check_binding(self, binding: Binding, group: Group) -> None:
-        recipe = binding.tap.recipe
-        for space in (recipe.input_structure, recipe.output_structure):
-            if not space.invertible:
-                raise ValueError(
-                    f"structure={space.name!r} of layer {binding.site.name!r}: inverses have "
-                    "another structure. Choose 'dense', 'diagonal' or blocks, or SINGD"
-                )
-        for side, dim in zip(limited(recipe), (recipe.dim_in, recipe.dim_out), strict=True):
-            if side is not None:
-                warnings.warn(
-                    f"layer {binding.site.name!r} has a factor of {dim} rows, more than "
-                    f"max_dim={group['max_dim']}: it is {side.name}. Choose another max_dim (None: "
-                    "no limit), or a structure for this layer",
-                    stacklevel=5,
-                )
+        check_spaces(binding, group)
 
     def _layer(self, binding: Binding, state: dict[str, Any]) -> refresh.Layer:
         recipe = binding.tap.recipe
@@ -189,6 +175,7 @@ class KFAC(KroneckerOptimizer):
             "inverted": 0,
             "refresh": turn,
             "turn": turn,
+            "last_inverse": -1,
         }
         state |= refresh.new_state(self._layer(binding, state), group["inverse"], dtypes, device)
         if recipe.moments or group["ekfac"] == "ema":
@@ -220,15 +207,16 @@ class KFAC(KroneckerOptimizer):
     def _refresh(self, active: Sequence[tuple[Binding, Group]]) -> None:
         """New inverses of all layers whose turn it is: equal methods, and blocks, at once."""
         together: dict[tuple[Any, ...], list[tuple[refresh.Layer, Damping]]] = {}
+        due = []
         for binding, group in active:
             state = self.state[binding.parameters[0]]
             layer, damping = self._layer(binding, state), self._damping(state, group)
             mode, exponent = group["damping_mode"], group["exponent"]
-            if intervals.is_due(state):
+            if intervals.is_due(state, group):
                 iterations = warm_iterations(intervals.new_part(state, group))
                 key = (group["inverse"], mode, exponent, iterations)
                 together.setdefault(key, []).append((layer, damping))
-                intervals.schedule(state, group)
+                due.append((state, group))
             elif state.get("updates") and not state["inverted"]:
                 refresh.isotropic(layer, damping, mode, exponent)
         for (inverse, mode, exponent, iterations), pairs in together.items():
@@ -238,6 +226,8 @@ class KFAC(KroneckerOptimizer):
             else:
                 options = (layers, dampings, mode, inverse, exponent, iterations)
                 refresh.refresh_inverses(*options, self._notice)
+        for state, group in due:
+            intervals.schedule(state, group)
 
     def _damping(self, state: dict[str, Any], group: Group) -> Damping:
         damping: Damping | Callable[[int], float] = group["damping"]
@@ -261,19 +251,39 @@ class KFAC(KroneckerOptimizer):
         if self._options["adaptive"]:
             self._adaptation.note(outputs, loss_module(loss), targets)
 
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        super().zero_grad(set_to_none)
+    def add_param_group(self, param_group: Group) -> None:
+        wanted = self._options["adaptive"]
+        if isinstance(param_group, dict) and param_group.get("adaptive", wanted) != wanted:
+            raise ValueError(
+                f"adaptive={param_group['adaptive']!r} of a group: it is one choice for all of "
+                "them, an argument of KFAC"
+            )
+        super().add_param_group(param_group)
+
+    def _clear(self) -> None:
+        super()._clear()
         self._adaptation.clear()
+
+    def _check_step(self) -> None:
+        super()._check_step()
+        if self._options["adaptive"]:
+            self._adaptation.batch()
 
     def _write_all(self, directions: dict[Tensor, Tensor]) -> None:
         wanted = self._options["adaptive"]
-        if wanted and directions:
-            others = [group for group in self.param_groups if group["rule"] != self.rule]
-            own = [group for group in self.param_groups if group["rule"] == self.rule]
-            adapt(self._adaptation, own, directions, self.state, wanted)
-            self._adaptation.clear()
-            for group in others:
-                self._write(group, directions)
+        own = [group for group in self.param_groups if group["rule"] == self.rule]
+        if not wanted or not directions:
+            super()._write_all(directions)
+        elif wanted != ("damping",):
+            adapting.move(self._adaptation, own, directions, self.state, wanted)
+            for group in self.param_groups:
+                if group["rule"] != self.rule:
+                    self._write(group, directions)
+        elif adapting.is_time(self.state[next(iter(directions))], wanted):
+            before = {p: p.detach().clone() for p in directions}
+            gradients = {p: p.grad for p in directions if p.grad is not None}
+            super()._write_all(directions)
+            adapting.follow(self._adaptation, own, before, gradients)
         else:
             super()._write_all(directions)
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 from torch import Tensor
 
 from tn_kfac.curvature import Recipe
 from tn_kfac.optim.adaptive import ADAPTIVE
+from tn_kfac.optim.binding import Binding
 from tn_kfac.optim.groups import Group
 from tn_kfac.structures import Dense, Limited, Structure
 
@@ -105,7 +107,7 @@ def _of_adaptive(options: Group) -> list[tuple[bool, str]]:
             f"adaptive={names!r} has a momentum of its own: leave out precondition='momentum'",
         ),
         (
-            bool(names) and bool(options["weight_decay"]),
+            moves and bool(options["weight_decay"]),
             f"adaptive={names!r} models the loss, without weight_decay="
             f"{options['weight_decay']!r}: leave it out",
         ),
@@ -119,7 +121,30 @@ def _limit(chosen: Any, name: str) -> Any:
     return tuple(name if side == "dense" else side for side in chosen)
 
 
-def limited(recipe: Recipe) -> tuple[Structure | None, Structure | None]:
+def check_spaces(binding: Binding, group: Group) -> None:
+    """Check that a layer's factors can be inverted; warn of those that `max_dim` splits.
+
+    Raises:
+        ValueError: If they cannot.
+    """
+    recipe = binding.tap.recipe
+    for space in (recipe.input_structure, recipe.output_structure):
+        if not space.invertible:
+            raise ValueError(
+                f"structure={space.name!r} of layer {binding.site.name!r}: inverses have "
+                "another structure. Choose 'dense', 'diagonal' or blocks, or SINGD"
+            )
+    for side, dim in zip(_limited(recipe), (recipe.dim_in, recipe.dim_out), strict=True):
+        if side is not None:
+            warnings.warn(
+                f"layer {binding.site.name!r} has a factor of {dim} rows, more than "
+                f"max_dim={group['max_dim']}: it is {side.name}. Choose another max_dim (None: "
+                "no limit), or a structure for this layer",
+                stacklevel=6,
+            )
+
+
+def _limited(recipe: Recipe) -> tuple[Structure | None, Structure | None]:
     """The structures of A and G where they are not dense for their size alone."""
     pairs = (
         (recipe.structures[0], recipe.input_structure),

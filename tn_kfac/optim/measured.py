@@ -30,8 +30,10 @@ def check_measured(bindings: list[Binding], is_due: Callable[[Binding], bool]) -
         RuntimeError: If nothing was measured since the last step, and a call was forgotten.
     """
     waiting = [
-        b.tap for b in bindings if any(p.grad is not None for p in b.parameters) and is_due(b)
-    ]
+        b.tap
+        for b in bindings
+        if any(p.grad is not None for p in b.parameters) and is_due(b) and b.tap.enabled
+    ]  # if a tap was off (an interval has just been shortened), the next step measures
     if not waiting or any(tap.has_statistics for tap in waiting):
         return
     if not any(p.grad.any() for b in bindings for p in b.parameters if p.grad is not None):

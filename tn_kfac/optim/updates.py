@@ -60,6 +60,7 @@ def kl_clipped(directions: Mapping[Tensor, Tensor], group: Group) -> dict[Tensor
     products = [_product(d, p.grad) for p, d in directions.items() if p.grad is not None]
     change = torch.stack(products).sum().abs() * group["lr"] ** 2
     shrink = (group["kl_clip"] / change).sqrt().clamp(max=1.0)
+    shrink = torch.where(change.isnan(), 0.0, shrink)  # of products that overflow: no step
     return {p: d * shrink.to(d.dtype) for p, d in directions.items()}
 
 
