@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tn_kfac import SINGD
+from tn_kfac import KFAC, SINGD
 
 Options = dict[str, Any]
 Grid = Mapping[str, tuple[Any, ...]]
@@ -105,5 +105,21 @@ OPTIMIZERS: dict[str, Entry] = {
             {"lr": (0.01,), "damping": (0.003, 0.01), "lr_cov": (0.1, 0.2), "fisher": ("mc",)},
         ),
         {"lr": 0.01, "damping": 0.003, "lr_cov": 0.1, "fisher": "mc"},
+    ),
+    "KFAC": Entry(
+        KFAC,
+        {
+            "fisher": "mc",
+            "T": 1,
+            "T_inverse": 5,
+            "inverse": "cholesky",
+            "precondition": "momentum",
+            "kl_clip": None,
+        },
+        (
+            {"lr": (0.01, 0.03, 0.1), "damping": (0.01, 0.1)},
+            {"lr": (0.3,), "damping": (0.1, 0.3, 1.0), "kl_clip": (None, 1e-2)},
+        ),
+        {"lr": 0.03, "damping": 0.1},
     ),
 }
