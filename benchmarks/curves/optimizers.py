@@ -119,6 +119,7 @@ OPTIMIZERS: dict[str, Entry] = {
         (
             {"lr": (0.01, 0.03, 0.1), "damping": (0.01, 0.1)},
             {"lr": (0.3,), "damping": (0.1, 0.3, 1.0), "kl_clip": (None, 1e-2)},
+            {"lr": (0.3, 1.0), "damping": (3.0, 10.0)},
         ),
         {"lr": 0.03, "damping": 0.1},
     ),
