@@ -121,6 +121,19 @@ OPTIMIZERS: dict[str, Entry] = {
             {"lr": (0.3,), "damping": (0.1, 0.3, 1.0), "kl_clip": (None, 1e-2)},
             {"lr": (0.3, 1.0), "damping": (3.0, 10.0)},
         ),
-        {"lr": 0.03, "damping": 0.1},
+        {"lr": 0.3, "damping": 1.0},
+    ),
+    "EKFAC": Entry(
+        KFAC,
+        {
+            "ekfac": True,
+            "fisher": "mc",
+            "T": 1,
+            "T_inverse": 10,
+            "precondition": "momentum",
+            "kl_clip": None,
+        },
+        ({"lr": (0.1, 0.3), "damping": (0.3, 1.0, 3.0)},),
+        {"lr": 0.3, "damping": 1.0},
     ),
 }
