@@ -133,7 +133,10 @@ OPTIMIZERS: dict[str, Entry] = {
             "precondition": "momentum",
             "kl_clip": None,
         },
-        ({"lr": (0.1, 0.3), "damping": (0.3, 1.0, 3.0)},),
+        (
+            {"lr": (0.1, 0.3), "damping": (0.3, 1.0, 3.0)},
+            {"lr": (0.5, 1.0), "damping": (3.0, 6.0, 12.0)},
+        ),
         {"lr": 0.3, "damping": 1.0},
     ),
 }
