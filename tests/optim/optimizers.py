@@ -81,6 +81,21 @@ class Mixed(nn.Module):
         return self.head(self.scale * features + known)
 
 
+def two_layers() -> nn.Module:
+    """Linear layers with and without a bias, in float64."""
+    torch.manual_seed(3)
+    layers = [nn.Flatten(), nn.Linear(64, 7), nn.Tanh(), nn.Linear(7, 10, bias=False)]
+    return nn.Sequential(*layers).double()
+
+
+def joint(layer: nn.Linear, of: str = "grad") -> Tensor:
+    """The weight's gradient (or, of="data", the weight), a bias being its last column."""
+    weight = getattr(layer.weight, of)
+    if layer.bias is None:
+        return weight.clone()
+    return torch.cat([weight, getattr(layer.bias, of)[:, None]], 1)
+
+
 def loss_of(model: nn.Module, digits: tuple[Tensor, Tensor], step: int, size: int = 8) -> Tensor:
     """Cross-entropy on the batch of a step, in the model's dtype."""
     batch = slice(step * size, (step + 1) * size)

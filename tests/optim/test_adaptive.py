@@ -30,6 +30,14 @@ def flat(tensors) -> Tensor:
     return torch.cat([t.detach().flatten() for t in tensors])
 
 
+def damped_ggn(model: nn.Module, data: tuple[Tensor, Tensor]) -> Tensor:
+    """F + 0.1 I, dense, by curvlinops."""
+    params = list(model.parameters())
+    ggn = GGNLinearOperator(model, LOSS, params, [data], check_deterministic=False)
+    eye = torch.eye(ggn.shape[0], dtype=torch.float64)
+    return ggn @ eye + 0.1 * eye
+
+
 def step(model, optimizer, data) -> float:
     optimizer.zero_grad()
     outputs = model(data[0])
@@ -52,9 +60,7 @@ def test_update_minimises_the_damped_quadratic_model():
     for at in range(4):
         data = batch(at)
         params = list(model.parameters())
-        ggn = GGNLinearOperator(model, LOSS, params, [data], check_deterministic=False)
-        F = ggn @ torch.eye(ggn.shape[0], dtype=torch.float64)
-        F = F + 0.1 * torch.eye(len(F), dtype=torch.float64)
+        F = damped_ggn(model, data)
         before = flat(params)
         model.zero_grad()
         LOSS(model(data[0]), data[1]).backward()
@@ -80,9 +86,7 @@ def test_one_of_the_two_alone(adaptive):
     for at in range(3):
         data = batch(at)
         params = list(model.parameters())
-        ggn = GGNLinearOperator(model, LOSS, params, [data], check_deterministic=False)
-        F = ggn @ torch.eye(ggn.shape[0], dtype=torch.float64)
-        F = F + 0.1 * torch.eye(len(F), dtype=torch.float64)
+        F = damped_ggn(model, data)
         before = flat(params)
         step(model, optimizer, data)
         gradient = flat(p.grad for p in params)

@@ -7,27 +7,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from optimizers import Mixed, copied, loss_of, train
+from optimizers import Mixed, copied, joint, loss_of, train, two_layers
 from torch import Tensor, nn
 
 from tn_kfac import KFAC
 from tn_kfac.structures import BlockDiagonal
 
 PLAIN = {"lr": 0.5, "momentum": 0.0, "kl_clip": None, "fallback": None, "warn_unsupported": False}
-
-
-def net() -> nn.Module:
-    torch.manual_seed(3)
-    layers = [nn.Flatten(), nn.Linear(64, 7), nn.Tanh(), nn.Linear(7, 10, bias=False)]
-    return nn.Sequential(*layers).double()
-
-
-def joint(layer: nn.Linear, of: str = "grad") -> Tensor:
-    """The weight's gradient (or, of="data", the weight), a bias being its last column."""
-    weight = getattr(layer.weight, of)
-    if layer.bias is None:
-        return weight.clone()
-    return torch.cat([weight, getattr(layer.bias, of)[:, None]], 1)
 
 
 def rows(model: nn.Module, digits, step: int) -> list[tuple[Tensor, Tensor]]:
@@ -53,7 +39,7 @@ def power(matrix: Tensor, exponent: float) -> Tensor:
 
 def steps(digits, count=5, model=None, **options):
     """(step, layer, gradient, change / lr, rows) of each step of each layer."""
-    model = model or net()
+    model = model or two_layers()
     optimizer = KFAC(model, **(PLAIN | options))
     layers = [m for m in model if isinstance(m, nn.Linear)]
     for step in range(count):
@@ -79,7 +65,7 @@ def test_the_rule(digits, inverse, exponent, mode, T, T_inverse):
     options = {"inverse": inverse, "exponent": exponent, "damping_mode": mode}
     if (mode == "exact" and inverse != "eigh") or (exponent != 1 and inverse == "cholesky"):
         with pytest.raises(ValueError, match="inverse="):
-            KFAC(net(), **options)
+            KFAC(two_layers(), **options)
         return
     options |= {"damping": 0.3, "T": T, "T_inverse": T_inverse, "factor_decay": 0.8}
     sums, weight, inverses = {}, {}, {}
@@ -124,7 +110,7 @@ def test_damping_may_be_scheduled(digits):
 @pytest.mark.parametrize("ekfac", ["exact", "ema"])
 def test_second_moments(digits, structure, ekfac):
     """Averages of squares in the basis of the step before, carried into each new basis."""
-    model = net()
+    model = two_layers()
     options = {"ekfac": ekfac, "structure": structure, "damping": 0.2, "factor_decay": 0.7}
     optimizer = KFAC(model, **(PLAIN | options | {"T_inverse": 2}))
     layer = model[1]
@@ -227,7 +213,7 @@ def test_staggered_inverses(digits):
 
 def test_early_inverses_come_often(digits):
     """Averages of few batches are poor: 0, 1, 2, 4, 8, and then every ten steps."""
-    model = net()
+    model = two_layers()
     optimizer = KFAC(model, **PLAIN, T_inverse=10, damping=1.0)
     times = set()
     for step in range(31):
@@ -238,7 +224,7 @@ def test_early_inverses_come_often(digits):
 
 def test_without_new_factors_there_is_no_new_inverse(digits):
     """What is due waits for them."""
-    model, seen = net(), []
+    model, seen = two_layers(), []
     optimizer = KFAC(model, **PLAIN, T=4, T_inverse=3, damping=1.0)
     for step in range(12):
         before = optimizer.state[model[1].weight].get("inverted", 0)
@@ -250,7 +236,7 @@ def test_without_new_factors_there_is_no_new_inverse(digits):
 
 def test_an_interval_may_be_changed(digits):
     """As schedules of other options, from the next step on."""
-    model, seen = net(), []
+    model, seen = two_layers(), []
     optimizer = KFAC(model, **PLAIN, T_inverse=100, damping=1.0)
     for step in range(12):
         before = optimizer.state[model[1].weight].get("inverted", 0)
@@ -263,7 +249,7 @@ def test_an_interval_may_be_changed(digits):
 
 
 def test_a_callable_that_raises_leaves_inverses_that_are_right(digits):
-    model = net()
+    model = two_layers()
     waits = iter([1, 0])
     optimizer = KFAC(model, **PLAIN, T_inverse=lambda step: next(waits), damping=1.0)
     with pytest.raises(ValueError, match=r"T_inverse\(step\)"):
@@ -273,7 +259,7 @@ def test_a_callable_that_raises_leaves_inverses_that_are_right(digits):
 
 
 def test_intervals_may_be_callables(digits):
-    model = net()
+    model = two_layers()
     waits = {0: 3, 3: 1, 4: 5, 9: 100}
     optimizer = KFAC(model, **PLAIN, T_inverse=lambda step: waits[step], damping=1.0)
     train(model, optimizer, digits, range(12))
@@ -282,7 +268,7 @@ def test_intervals_may_be_callables(digits):
 
 @pytest.mark.parametrize("structure", ["triltoeplitz", "hierarchical3_4", "triltopleftdiag"])
 def test_structures_without_inverses_are_refused_by_name(structure):
-    model = net()
+    model = two_layers()
     with pytest.raises(ValueError, match=rf"structure='{structure}' of layer '1'"):
         KFAC(model, structure=structure)
     assert not any(m._forward_hooks for m in model.modules())
@@ -290,7 +276,7 @@ def test_structures_without_inverses_are_refused_by_name(structure):
 
 @pytest.mark.parametrize(("beyond", "shape"), [("blocks", (1, 65, 20)), ("diagonal", (1, 65))])
 def test_large_factors_are_split_and_said(digits, beyond, shape):
-    model = net()
+    model = two_layers()
     with pytest.warns(
         UserWarning, match=r"layer '1' has a factor of 65 rows, more than max_dim=20"
     ):
@@ -300,8 +286,8 @@ def test_large_factors_are_split_and_said(digits, beyond, shape):
     assert optimizer.state[model[3].weight]["A"].shape == (1, 7, 7)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        KFAC(net(), structure=BlockDiagonal(20), max_dim=20)
-        KFAC(net(), structure={"1": ("block20diagonal", "dense"), "*": "dense"}, max_dim=64)
+        KFAC(two_layers(), structure=BlockDiagonal(20), max_dim=20)
+        KFAC(two_layers(), structure={"1": ("block20diagonal", "dense"), "*": "dense"}, max_dim=64)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -328,7 +314,7 @@ def test_injected_factors_end_no_run(digits, inverse, value):
 @pytest.mark.parametrize("damping", [0.0, 1e-12])
 def test_rank_deficient_factors_end_no_run(digits, inverse, damping):
     """Two samples, and no damping to speak of."""
-    model = net().float()
+    model = two_layers().float()
     options = {"inverse": inverse, "damping": damping, "damping_mode": "each", "lr": 1e-4}
     optimizer = KFAC(model, T_inverse=1, **options)
     with warnings.catch_warnings():
@@ -343,7 +329,7 @@ def test_rank_deficient_factors_end_no_run(digits, inverse, damping):
 @pytest.mark.parametrize("inverse", ["eigh", "cholesky", "newton-schulz"])
 def test_bad_curvature_changes_no_average(digits, inverse):
     """A step whose curvature is not finite leaves averages and their weight as they were."""
-    model = net()
+    model = two_layers()
     optimizer = KFAC(model, inverse=inverse, damping=0.1)
     train(model, optimizer, digits, range(2))
     state = optimizer.state[model[1].weight]
@@ -369,7 +355,7 @@ CONFLICTS = [
 
 @pytest.mark.parametrize(("options", "message"), CONFLICTS)
 def test_options_that_do_not_fit_are_refused(options, message):
-    model = net()
+    model = two_layers()
     with pytest.raises(ValueError, match=message):
         KFAC(model, **options)
     assert not any(m._forward_hooks for m in model.modules())

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from optimizers import Mixed, is_identity, loss_of, train
+from optimizers import Mixed, is_identity, joint, loss_of, train, two_layers
 from torch import Tensor, nn
 
 from tn_kfac import KFAC, SINGD
@@ -16,20 +16,6 @@ OPTIONS = COMMON | {"lr_cov": 0.1}
 PLAIN_KFAC = {"T_inverse": 1, "damping": 0.3, "damping_mode": "each", "kl_clip": None}
 KINDS = {SINGD: OPTIONS, KFAC: COMMON | PLAIN_KFAC}
 each_kind = pytest.mark.parametrize("kind", KINDS)
-
-
-def net() -> nn.Module:
-    torch.manual_seed(3)
-    layers = [nn.Flatten(), nn.Linear(64, 7), nn.Tanh(), nn.Linear(7, 10, bias=False)]
-    return nn.Sequential(*layers).double()
-
-
-def joint(layer: nn.Linear, of: str = "grad") -> Tensor:
-    """The weight's gradient (or, of="data", the weight), a bias being its last column."""
-    weight = getattr(layer.weight, of)
-    if layer.bias is None:
-        return weight.clone()
-    return torch.cat([weight, getattr(layer.bias, of)[:, None]], 1)
 
 
 def preconditioner(state: dict) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
@@ -66,7 +52,7 @@ def close(actual: Tensor, expected: Tensor) -> None:
 
 def steps(digits, count=4, kind=SINGD, **options):
     """(step, layer's findings) for a few steps."""
-    model = net()
+    model = two_layers()
     optimizer = kind(model, **(KINDS[kind] | options))
     for step in range(count):
         for at, layer in enumerate(moved(model, optimizer, digits, step)):
@@ -103,7 +89,7 @@ def test_preconditioned_momentum(digits, kind, nesterov):
 @pytest.mark.parametrize("structure", ["diagonal", "dense", "block4diagonal"])
 def test_length_of_sgd(digits, kind, structure):
     """graft="sgd": the direction is ours, the norm the gradient's."""
-    model = net()
+    model = two_layers()
     options = KINDS[kind] | {"structure": structure, "graft": "sgd", "momentum": 0.0}
     optimizer = kind(model, **options)
     for step in range(3):
@@ -148,7 +134,7 @@ def test_kl_clip(digits, kind):
     """All layers shrink by the one factor min(1, √(κ / |lr² Σ ⟨d, g⟩|))."""
     shrunk = set()
     for kappa in (1e-6, 1e6):
-        model = net()
+        model = two_layers()
         options = KINDS[kind] | {"momentum": 0.0, "kl_clip": kappa}
         optimizer = kind(model, **(options | {"structure": "dense"}))
         for step in range(2):
@@ -164,7 +150,7 @@ def test_kl_clip(digits, kind):
 @each_kind
 def test_kl_clip_of_products_that_overflow(digits, kind):
     """Finite gradients leave finite parameters."""
-    model = net().float()
+    model = two_layers().float()
     optimizer = kind(model, **(KINDS[kind] | {"kl_clip": 1e-3}))
     train(model, optimizer, digits, range(2))
     optimizer.zero_grad()
@@ -188,7 +174,7 @@ def test_root_exponent(digits):
 
 def test_root_exponent_needs_diagonal_factors():
     with pytest.raises(ValueError, match=r"exponent=0\.5 needs diagonal factors, layer '1'"):
-        SINGD(net(), structure="dense", exponent=0.5)
+        SINGD(two_layers(), structure="dense", exponent=0.5)
 
 
 def test_interval_by_a_callable(digits):
@@ -205,7 +191,7 @@ def test_interval_by_a_callable(digits):
 @pytest.mark.parametrize("structure", ["dense", "diagonal", "block4diagonal", "triltoeplitz"])
 def test_start_at_the_first_curvature(digits, structure, ikfac):
     """init="curvature": SINGD's factors start where they would stay, were it always the same."""
-    model = net()
+    model = two_layers()
     options = {"structure": structure, "init": "curvature", "damping": 0.1, "kfac_like": ikfac}
     optimizer = SINGD(model, **(OPTIONS | options | {"lr": 0.0, "momentum": 0.0}))
     state, found = optimizer.state[model[1].weight], []
@@ -224,7 +210,7 @@ def test_start_at_the_first_curvature(digits, structure, ikfac):
 
 def test_failed_root_starts_at_a_multiple_of_the_identity(digits):
     """Without damping, a batch of fewer rows than columns has a singular factor."""
-    model = net()
+    model = two_layers()
     optimizer = SINGD(model, **OPTIONS, structure="dense", damping=0.0, init="curvature")
     train(model, optimizer, (digits[0][:32], digits[1][:32]), range(3))
     assert all(p.isfinite().all() for p in model.parameters())
@@ -233,7 +219,7 @@ def test_failed_root_starts_at_a_multiple_of_the_identity(digits):
 
 def test_fraction_is_unbiased(digits):
     """Over the turns, the mean of the statistics of every third sample is that of all."""
-    model = net()
+    model = two_layers()
     optimizer = SINGD(model, **OPTIONS, structure="dense", curvature_fraction=1 / 3)
     twin = SINGD(copy.deepcopy(model), **OPTIONS, structure="dense")
     taps = [optimizer._bindings[0].tap, twin._bindings[0].tap]
@@ -252,7 +238,7 @@ def test_fraction_is_unbiased(digits):
 
 def test_fraction_takes_turns_at_any_interval(digits):
     """Each update measures the next samples, though steps in between do not."""
-    model = net()
+    model = two_layers()
     options = OPTIONS | {"T": 4, "lr": 0.0, "curvature_fraction": 1 / 2}
     optimizer = SINGD(model, **options, structure="dense")
     turns = []
@@ -264,7 +250,7 @@ def test_fraction_takes_turns_at_any_interval(digits):
 
 @pytest.mark.parametrize(("name", "value"), [("T", 0), ("T", 1.5), ("lr_cov", -1), ("lr_cov", "1")])
 def test_callables_are_checked(digits, name, value):
-    model = net()
+    model = two_layers()
     optimizer = SINGD(model, **(OPTIONS | {name: lambda step: value}))
     with pytest.raises((TypeError, ValueError), match=name):
         train(model, optimizer, digits, [0])
@@ -272,9 +258,9 @@ def test_callables_are_checked(digits, name, value):
 
 def test_grafted_adamw_has_no_nesterov():
     with pytest.raises(ValueError, match="nesterov=True"):
-        SINGD(net(), graft="adamw", nesterov=True)
+        SINGD(two_layers(), graft="adamw", nesterov=True)
     with pytest.raises(ValueError, match="graft='sgd' and update_rms"):
-        SINGD(net(), graft="sgd", update_rms=0.2)
+        SINGD(two_layers(), graft="sgd", update_rms=0.2)
 
 
 def test_fraction_of_every_kind_of_layer(digits):
@@ -292,7 +278,7 @@ def test_fraction_of_every_kind_of_layer(digits):
 
 def test_loss_spike_moves_factors_by_a_bounded_step(digits):
     """factor_clip: β₁ times the norm of m stays below 1; NaNs move nothing."""
-    model = net()
+    model = two_layers()
     optimizer = SINGD(model, **(OPTIONS | {"lr": 0.0}), structure="dense")
     train(model, optimizer, digits, range(2))
     state = optimizer.state[model[1].weight]

@@ -77,7 +77,8 @@ class KFAC(KroneckerOptimizer):
             batch a step; no dropout. `damping` is where it starts. With "lr" or "momentum", an
             update that raises the batch's loss is taken back (and the damping grows), there is
             no weight decay, and `kl_clip` and schedules of `lr` do not matter.
-        kl_clip: κ: shrink a group's update by min(1, √(κ / |lr² Σ ⟨update, gradient⟩|)).
+        kl_clip: κ: shrink a group's update by min(1, √(κ / |lr² Σ ⟨update, gradient⟩|)). It is in
+            units of the loss: a sum over many outputs wants a larger one, or None.
 
     Raises:
         ValueError: If an argument is out of range, or a structure has no inverse of its kind;
