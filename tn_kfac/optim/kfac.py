@@ -53,17 +53,18 @@ class KFAC(KroneckerOptimizer):
         loss_average: What the loss averages over: "batch", "batch+sequence" or None for a sum.
         factor_decay: β of the averages A ← β A + (1 − β) Â, which are debiased.
         inverse: "eigh" keeps eigenvectors, so that damping may change at every step, and is
-            needed for damping_mode="exact" and `ekfac`. "cholesky" keeps inverses, which halves
-            the cost of a step. "newton-schulz" keeps inverses too and improves them by matrix
-            products alone, starting from the last ones: without synchronisation, and cheap enough
-            for T_inverse=1. (With exponent=1/2 it starts anew, at 30 products of three.)
+            needed for damping_mode="exact" and `ekfac`. "cholesky" keeps inverses: two products
+            with a gradient instead of four. "newton-schulz" keeps inverses too and improves them
+            by matrix products alone, starting from the last ones; meant for T_inverse=1 on a GPU,
+            for it never waits for the device. (With exponent=1/2 it starts anew, at 30 times
+            three products.)
         damping_mode: "factored" adds π√λ to A and √λ/π to G, "each" λ to both, "exact" λ to
             the eigenvalues of G ⊗ A. By default "factored"; "exact" for `ekfac`.
         exponent: 1 for the natural gradient, or 1/2 for inverse square roots.
         ekfac: "exact" (or True): second moments of each example's gradient (of each call's, where
             a layer is called twice), of layers with rows (embeddings and norms keep their
-            Kronecker eigenvalues); "ema": of
-            the batch's gradient, as in Adam, whose scale is smaller by the batch size.
+            Kronecker eigenvalues). "ema": of the batch's gradient, as in Adam, whose scale is
+            smaller by the batch size.
         stagger: Whether layers take turns, so that no step has all inverses to compute. Until
             its first turn, a layer's factors count as multiples of I.
         structure: Of both factors, or a pair, by layer names if it is a mapping; "dense",
