@@ -69,6 +69,7 @@ BAD: dict[str, list[tuple[Any, type[Exception]]]] = {
     "factor_clip": NOT_POSITIVE_OR_NONE,
     "curvature_fraction": [*NOT_NUMBERS, *NOT_POSITIVE, (0, ValueError), (2, ValueError),
                            (0.3, ValueError), (2 / 3, ValueError)],
+    "process_group": [(True, TypeError), (0, TypeError), ("gloo", TypeError)],
     "fallback": [("adam", ValueError), (True, ValueError), (0, ValueError)],
     "fallback_lr": [entry for entry in NOT_NUMBERS + NOT_POSITIVE if entry[0] is not None],
     "fallback_weight_decay": [e for e in NOT_NUMBERS + NOT_POSITIVE if e[0] is not None],
@@ -96,7 +97,13 @@ def test_bad_value_is_named(kind, name, value, error):
     assert hooks_on(model) == 0
 
 
-GROUP_KEYS = BAD.keys() - {"norms", "warn_unsupported", "init_grad_scale", "structures"}
+GROUP_KEYS = BAD.keys() - {
+    "process_group",
+    "norms",
+    "warn_unsupported",
+    "init_grad_scale",
+    "structures",
+}
 each_key = pytest.mark.parametrize(
     ("kind", "name"),
     [(kind, name) for kind, own in ARGUMENTS.items() for name in sorted(own & GROUP_KEYS)],

@@ -1,20 +1,43 @@
-"""Several processes: not served yet, and said so."""
+"""Data-parallel ranks: together they are one process with the whole batch."""
 
-import warnings
+import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
-from optimizers import each_optimizer
-from torch import distributed, nn
+from ranks import cases
+
+HERE = Path(__file__).parent
 
 
-@each_optimizer
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_several_processes_are_warned_of(build, ranks, monkeypatch):
-    """Their parameters would drift apart; a process group of one is as none."""
-    monkeypatch.setattr(distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(distributed, "get_world_size", lambda: ranks)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        build(nn.Linear(2, 2))
-    said = [str(entry.message) for entry in caught]
-    assert [text.startswith("2 processes train") for text in said] == [True] * (ranks - 1)
+@pytest.fixture(scope="module", params=[2, 3], ids=["equal batches", "uneven batches"])
+def ranks(request, tmp_path_factory):
+    """What each of the ranks said of every case."""
+    meeting = tmp_path_factory.mktemp("ranks") / "store"
+    command = [sys.executable, str(HERE / "ranks.py")]
+    paths = {"PYTHONPATH": f"{HERE.parents[1]}:{HERE}:{HERE.parent}"}
+    running = [
+        subprocess.Popen(
+            [*command, str(rank), str(request.param), str(meeting)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=paths,
+        )
+        for rank in range(request.param)
+    ]
+    said = [process.communicate(timeout=500) for process in running]
+    assert all(process.returncode == 0 for process in running), said
+    return [json.loads(out.splitlines()[-1]) for out, _ in said]
+
+
+def test_ranks_are_one_process(ranks):
+    """Parameters and factors, for every optimizer and every case."""
+    assert {f"{name}, {case}" for name, case in cases(len(ranks))} == set(ranks[0])
+    wrong = {
+        case: [found[case] for found in ranks]
+        for case in ranks[0]
+        if not all(found[case] < 1e-10 for found in ranks)
+    }
+    assert not wrong

@@ -19,6 +19,7 @@ from tn_kfac.optim.binding import Binding
 from tn_kfac.optim.groups import Group
 from tn_kfac.optim.hooked import HookedOptimizer
 from tn_kfac.optim.measured import check_measured
+from tn_kfac.optim.ranks import ranks_of, share
 from tn_kfac.optim.rules import FALLBACKS, sgd
 from tn_kfac.optim.scaling import found_inf, unscale
 from tn_kfac.optim.updates import kl_clipped, lengthened, smoothed
@@ -91,6 +92,7 @@ class KroneckerOptimizer(HookedOptimizer):
                 for b in self._bindings
                 if any(p.grad is not None for p in b.parameters)
             ]
+            self._share(active)
             counted = [self._take_in(binding, group, scale) for binding, group in active]
             self._refresh(active)
             for (binding, group), counts in zip(active, counted, strict=True):
@@ -103,6 +105,12 @@ class KroneckerOptimizer(HookedOptimizer):
         """Check that all that the step needs was measured, before anything is changed."""
         groups = {p: group for group in self.param_groups for p in group["params"]}
         check_measured(self._bindings, lambda b: self._is_due(b, groups[b.parameters[0]]))
+
+    def _share(self, active: Sequence[tuple[Binding, Group]]) -> None:
+        """Sum the statistics of the layers that are due over all ranks."""
+        if ranks_of(self._process_group) > 1:
+            due = [b.tap for b, group in active if self._is_due(b, group) and b.tap.probes]
+            share(due, self._process_group)
 
     def _is_due(self, binding: Binding, group: Group) -> bool:
         """Whether the next step updates the factors of a layer."""

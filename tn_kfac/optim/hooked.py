@@ -30,7 +30,8 @@ from tn_kfac.optim.groups import (
     untrained,
     warn_untrained,
 )
-from tn_kfac.optim.measured import measured_apart, warn_of_ranks
+from tn_kfac.optim.measured import measured_apart
+from tn_kfac.optim.ranks import check_group
 
 
 class HookedOptimizer(Optimizer, ABC):
@@ -52,11 +53,14 @@ class HookedOptimizer(Optimizer, ABC):
         options: Group,
         warn_unsupported: bool,
         norms: bool = False,
+        process_group: Any = None,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
         checks.flag("warn_unsupported", warn_unsupported)
         checks.flag("norms", norms)
+        check_group("process_group", process_group)
+        self._process_group = process_group
         self._model = model
         self._options = self._checked(options)
         self._bindings: list[Binding] = []
@@ -74,7 +78,6 @@ class HookedOptimizer(Optimizer, ABC):
         self._attach()
         self._handles += self._scope.attach(model)
         self._ready = True
-        warn_of_ranks()
         weakref.finalize(self, _remove, self._handles)
 
     def _check_binding(self, binding: Binding, group: Group) -> None:

@@ -21,6 +21,7 @@ from tn_kfac.optim.groups import Group
 from tn_kfac.optim.inverses import Inverse, warm_iterations
 from tn_kfac.optim.kfac_options import adaptive_names, check_spaces, checked
 from tn_kfac.optim.notice import Notice
+from tn_kfac.optim.ranks import ranks_of
 from tn_kfac.optim.singd import Structures
 
 
@@ -143,12 +144,13 @@ class KFAC(KroneckerOptimizer):
         fallback: Literal["sgd", "adamw"] | None = "sgd",
         fallback_lr: float | None = None,
         fallback_weight_decay: float | None = None,
+        process_group: Any = None,
     ) -> None:
         given = dict(locals())
-        apart = ("self", "model", "params", "warn_unsupported", "norms", "__class__")
-        options = {key: value for key, value in given.items() if key not in apart}
+        apart = ("self", "model", "params", "warn_unsupported", "norms", "process_group")
+        options = {key: value for key, value in given.items() if key not in (*apart, "__class__")}
         self._notice, self._adaptation = Notice(), adapting.Adaptation(model)
-        super().__init__(model, params, options, warn_unsupported, norms)
+        super().__init__(model, params, options, warn_unsupported, norms, process_group)
         if self._options["adaptive"]:
             self._handles += self._adaptation.attach()
 
@@ -270,6 +272,8 @@ class KFAC(KroneckerOptimizer):
         super()._check_step()
         if self._options["adaptive"]:
             self._adaptation.batch()
+            if ranks_of(self._process_group) > 1:
+                raise RuntimeError("adaptive hyper-parameters know one process alone: leave it out")
 
     def _write_all(self, directions: dict[Tensor, Tensor]) -> None:
         wanted = self._options["adaptive"]

@@ -5,8 +5,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable
 
-from torch import distributed
-
 from tn_kfac.curvature import LayerTap
 from tn_kfac.curvature.tap import OF_THE_LOSS
 from tn_kfac.optim.binding import Binding
@@ -49,15 +47,3 @@ def check_measured(bindings: list[Binding], is_due: Callable[[Binding], bool]) -
         "loss.backward() (without inputs=) on a forward pass of this model",
         stacklevel=4,
     )
-
-
-def warn_of_ranks() -> None:
-    """Warn if several processes train: each has the curvature of its own samples only."""
-    if distributed.is_available() and distributed.is_initialized():
-        ranks = distributed.get_world_size()
-        if ranks > 1:
-            warnings.warn(
-                f"{ranks} processes train, but curvature is not exchanged between them yet: with "
-                "DistributedDataParallel their parameters drift apart. Train in one process",
-                stacklevel=4,
-            )

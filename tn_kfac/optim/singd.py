@@ -109,6 +109,8 @@ class SINGD(KroneckerOptimizer):
         fallback: "sgd", "adamw", or None to leave these parameters untrained.
         fallback_lr: Learning rate of the fallback; `lr` if None.
         fallback_weight_decay: Weight decay of the fallback; `weight_decay` if None.
+        process_group: Whose ranks see parts of one batch: curvature is summed over them. All
+            processes if None; False if each trains on its own.
 
     Raises:
         ValueError: If an argument is out of range; nothing is hooked then.
@@ -164,6 +166,7 @@ class SINGD(KroneckerOptimizer):
         fallback: Literal["sgd", "adamw"] | None = "sgd",
         fallback_lr: float | None = None,
         fallback_weight_decay: float | None = None,
+        process_group: Any = None,
     ) -> None:
         checks.number("init_grad_scale", init_grad_scale)
         options = {
@@ -196,7 +199,7 @@ class SINGD(KroneckerOptimizer):
             "fallback_lr": fallback_lr,
             "fallback_weight_decay": fallback_weight_decay,
         }
-        super().__init__(model, params, options, warn_unsupported, norms)
+        super().__init__(model, params, options, warn_unsupported, norms, process_group)
 
     def _new_state(self, binding: Binding, group: Group, device: torch.device) -> dict[str, Any]:
         recipe, dtypes = binding.tap.recipe, binding.dtypes

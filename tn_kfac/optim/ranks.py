@@ -1,0 +1,92 @@
+"""Curvature of several processes: sums over all ranks, in one message for each dtype.
+
+Data-parallel ranks see other samples of one batch. Statistics are plain sums, so the curvature of
+the whole batch is that of the summed statistics; gradients are the wrapper's to average
+(`torch.nn.parallel.DistributedDataParallel`, say).
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, distributed
+
+from tn_kfac.curvature import LayerTap
+
+Group = Any  # None, False, or a distributed.ProcessGroup, where torch is built with it
+
+
+def ranks_of(group: Group) -> int:
+    """How many processes share the curvature: one, if `group` is False or there is no group."""
+    if group is False or not distributed.is_available() or not distributed.is_initialized():
+        return 1
+    return distributed.get_world_size(group)
+
+
+def check_group(name: str, value: object) -> None:
+    """None (all processes), False (none), or a process group.
+
+    Raises:
+        TypeError: If it is none of them.
+    """
+    known = (distributed.ProcessGroup,) if distributed.is_available() else ()
+    if value is not None and value is not False and not isinstance(value, known):
+        raise TypeError(
+            f"{name} must be None (all processes), False (each on its own) or a "
+            f"torch.distributed.ProcessGroup, got {value!r}"
+        )
+
+
+def share(taps: Iterable[LayerTap], group: Group) -> None:
+    """Replace the statistics of all taps by their sums over the ranks of a group.
+
+    Every rank must call it with the same taps; a rank that measured nothing adds nothing. What no
+    rank measured becomes NaN, which moves no factor.
+    """
+    messages: dict[tuple[torch.dtype, torch.device], list[tuple[LayerTap, list[Tensor]]]]
+    messages = defaultdict(list)
+    for tap in taps:
+        sums = _weighted(tap)
+        messages[sums[0].dtype, sums[0].device].append((tap, sums))
+    for entries in messages.values():
+        flat = torch.cat([part.reshape(-1) for _, sums in entries for part in sums])
+        distributed.all_reduce(flat, group=group)
+        parts = iter(flat.split([part.numel() for _, sums in entries for part in sums]))
+        for tap, sums in entries:
+            total = [next(parts).view(part.shape) for part in sums]
+            _unweighted(tap, total)
+
+
+def _weighted(tap: LayerTap) -> list[Tensor]:
+    """A tap's statistics such that they may be added: those of a mean loss times its terms².
+
+    Gradients of a mean carry 1/terms, which differs between ranks with batches of other sizes.
+    """
+    sums = [
+        torch.zeros(probe.shape, dtype=probe.dtype, device=probe.device)
+        if probe.grad is None
+        else probe.grad
+        for probe in tap.probes
+    ]
+    if _is_mean(tap):
+        A, G, counts, *moments = sums
+        sums = [A, G * counts[1] ** 2, counts, *(m * counts[1] ** 2 for m in moments)]
+    return sums
+
+
+def _unweighted(tap: LayerTap, sums: list[Tensor]) -> None:
+    """Store the sums of all ranks, as if one process had measured them."""
+    A, G, counts, *moments = sums
+    if _is_mean(tap):
+        terms = counts[1].clamp(min=1.0) ** 2
+        G, moments = G / terms, [m / terms for m in moments]
+    A = torch.where(counts[0] + counts[1] > 0, A, torch.nan)
+    for probe, total in zip(tap.probes, (A, G, counts, *moments), strict=True):
+        probe.grad = total.contiguous()
+
+
+def _is_mean(tap: LayerTap) -> bool:
+    return tap.recipe.fisher == "empirical" and tap.recipe.loss_average is not None
