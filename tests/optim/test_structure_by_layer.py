@@ -1,8 +1,8 @@
 """Structures chosen by layer names."""
 
 import pytest
-from optimizers import train
-from test_update_options import OPTIONS, net
+from optimizers import train, two_layers
+from test_update_options import OPTIONS
 
 from tn_kfac import SINGD
 
@@ -14,14 +14,14 @@ STRUCTURES = {
 
 @pytest.mark.parametrize("chosen", STRUCTURES.values(), ids=STRUCTURES)
 def test_structure_by_layer(digits, chosen):
-    model = net()
+    model = two_layers()
     optimizer = SINGD(model, **OPTIONS, structure=chosen)
     train(model, optimizer, digits, range(2))
     first, last = (optimizer.state[model[at].weight] for at in (1, 3))
     assert first["K"].shape == (1, 65, 65)
     assert last["K"].shape == ((1, 7) if chosen["*"] == "diagonal" else (1, 7, 3))
     assert first["C"].shape == ((1, 7, 7) if chosen["1"] == "dense" else (1, 7))
-    other = SINGD(net(), **OPTIONS, structure=chosen)
+    other = SINGD(two_layers(), **OPTIONS, structure=chosen)
     other.load_state_dict(optimizer.state_dict())
     with pytest.raises(ValueError, match=r"[KC] of shape|structure="):
-        SINGD(net(), **OPTIONS, structure="dense").load_state_dict(optimizer.state_dict())
+        SINGD(two_layers(), **OPTIONS, structure="dense").load_state_dict(optimizer.state_dict())
