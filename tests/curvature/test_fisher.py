@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from tapping import tapped
 from torch import Tensor, nn
 
-from tn_kfac.curvature.fisher import likelihood, loss_module, measure_fisher
+from tn_kfac.curvature.fisher import measure_fisher
+from tn_kfac.curvature.likelihood import likelihood, loss_module
 
 TIGHT = {"rtol": 1e-8, "atol": 1e-10}
 REDUCTIONS = st.sampled_from(["mean", "sum"])

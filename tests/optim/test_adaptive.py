@@ -34,7 +34,6 @@ def test_update_minimises_the_damped_quadratic_model():
         model.zero_grad()
         LOSS(model(data[0]), data[1]).backward()
         gradient = flat(p.grad for p in params)
-        twin = copy.deepcopy(model)
         step(model, optimizer, data)
         delta = flat(params) - before
         slope = F @ delta + gradient
@@ -42,7 +41,6 @@ def test_update_minimises_the_damped_quadratic_model():
         assert abs(slope @ delta) < 1e-9 * (delta @ F @ delta)
         if last is not None:
             assert abs(slope @ last) < 1e-9 * (delta @ F @ delta)
-        assert type(twin[0]) is nn.Linear
         last = delta
 
 

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tn_kfac.curvature.fisher import loss_module, measure_fisher
+from tn_kfac.curvature.fisher import measure_fisher
+from tn_kfac.curvature.likelihood import loss_module
 from tn_kfac.curvature.sites import Site, find_sites, untold
 from tn_kfac.curvature.statistics import Factors, Fisher, LossAverage, Recipe
 from tn_kfac.curvature.tap import OF_THE_LOSS, ForwardScope, LayerTap

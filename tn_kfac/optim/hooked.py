@@ -192,6 +192,10 @@ class HookedOptimizer(Optimizer, ABC):
         checks.interval("samples", samples)
         for taps in measured_apart(self._bindings):
             measure_fisher(taps, outputs, loss, targets, samples, generator)
+        self._note(outputs, loss, targets)
+
+    def _note(self, outputs: Tensor, loss: str | nn.Module, targets: Tensor | None) -> None:
+        """What an optimizer itself wants to know of a batch."""
 
     def close(self) -> None:
         """Remove every hook from the model; the optimizer must not be used afterwards."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tn_kfac.curvature import Measured, Recipe
-from tn_kfac.curvature.fisher import loss_module
+from tn_kfac.curvature.likelihood import loss_module
 from tn_kfac.curvature.statistics import Fisher
 from tn_kfac.optim import adaptive as adapting
 from tn_kfac.optim import checks, intervals, refresh
@@ -57,7 +57,7 @@ class KFAC(KroneckerOptimizer):
             needed for damping_mode="exact" and `ekfac`. "cholesky" keeps inverses: two products
             with a gradient instead of four. "newton-schulz" keeps inverses too and improves them
             by matrix products alone, starting from the last ones; meant for T_inverse=1 on a GPU,
-            for it never waits for the device. (With exponent=1/2 it starts anew, at 30 times
+            for the host reads nothing. (With exponent=1/2 it starts anew, at 30 times
             three products.)
         damping_mode: "factored" adds π√λ to A and √λ/π to G, "each" λ to both, "exact" λ to
             the eigenvalues of G ⊗ A. By default "factored"; "exact" for `ekfac`.
@@ -209,29 +209,23 @@ class KFAC(KroneckerOptimizer):
         update_moments(state, moments, group["factor_decay"])
 
     def _refresh(self, active: Sequence[tuple[Binding, Group]]) -> None:
-        """New inverses of all layers whose turn it is: equal methods, and blocks, at once."""
-        together: dict[tuple[Any, ...], list[tuple[refresh.Layer, Damping]]] = {}
+        """New inverses of all layers whose turn it is, together."""
         due = []
         for binding, group in active:
             state = self.state[binding.parameters[0]]
+            is_due = intervals.is_due(state, group)
+            if not is_due and (state["inverted"] or not state.get("updates")):
+                continue
             layer, damping = self._layer(binding, state), self._damping(state, group)
-            mode, exponent = group["damping_mode"], group["exponent"]
-            if intervals.is_due(state, group):
+            how = refresh.How(group["inverse"], group["damping_mode"], group["exponent"])
+            if is_due:
                 iterations = warm_iterations(intervals.new_part(state, group))
-                key = (group["inverse"], mode, exponent, iterations)
-                together.setdefault(key, []).append((layer, damping))
-                due.append((state, group))
-            elif state.get("updates") and not state["inverted"]:
-                refresh.isotropic(layer, damping, mode, exponent)
-        for (inverse, mode, exponent, iterations), pairs in together.items():
-            layers, dampings = zip(*pairs, strict=True)
-            if inverse == "eigh":
-                refresh.refresh_eigenbases(layers, self._notice)
+                due.append((layer, damping, how._replace(iterations=iterations), group))
             else:
-                options = (layers, dampings, mode, inverse, exponent, iterations)
-                refresh.refresh_inverses(*options, self._notice)
-        for state, group in due:
-            intervals.schedule(state, group)
+                refresh.isotropic(layer, damping, how)
+        refresh.refresh([entry[:3] for entry in due], self._notice)
+        for layer, _, _, group in due:
+            intervals.schedule(layer.state, group)
 
     def _damping(self, state: dict[str, Any], group: Group) -> Damping:
         damping: Damping | Callable[[int], float] = group["damping"]
@@ -243,15 +237,7 @@ class KFAC(KroneckerOptimizer):
         checks.number("damping(step)", value)
         return value
 
-    def curvature(
-        self,
-        outputs: Tensor,
-        loss: str | nn.Module,
-        targets: Tensor | None = None,
-        samples: int = 1,
-        generator: torch.Generator | None = None,
-    ) -> None:
-        super().curvature(outputs, loss, targets, samples, generator)
+    def _note(self, outputs: Tensor, loss: str | nn.Module, targets: Tensor | None) -> None:
         if self._options["adaptive"]:
             self._adaptation.note(outputs, loss_module(loss), targets)
 

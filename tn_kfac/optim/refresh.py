@@ -39,6 +39,28 @@ class Layer(NamedTuple):
         return self.spaces[side].trace(self.average(side)) / self.dims[side]
 
 
+class How(NamedTuple):
+    """How factors are damped and inverted; iterations are those of Newton-Schulz."""
+
+    inverse: Inverse
+    mode: Mode
+    exponent: float
+    iterations: int = 0
+
+
+def refresh(due: Sequence[tuple[Layer, Damping, How]], notice: Notice) -> None:
+    """Decompose the factors of all layers; those that are treated alike in the same calls."""
+    together: dict[How, list[tuple[Layer, Damping]]] = {}
+    for layer, damping, how in due:
+        together.setdefault(how, []).append((layer, damping))
+    for how, pairs in together.items():
+        layers, dampings = zip(*pairs, strict=True)
+        if how.inverse == "eigh":
+            refresh_eigenbases(layers, notice)
+        else:
+            refresh_inverses(layers, dampings, how, notice)
+
+
 def new_state(
     layer: Layer, inverse: Inverse, dtypes: tuple[torch.dtype, torch.dtype], device: torch.device
 ) -> State:
@@ -94,25 +116,21 @@ def _squared_overlap(space: Structure, new: Tensor, old: Tensor) -> Tensor:
 
 
 def refresh_inverses(
-    layers: Sequence[Layer],
-    dampings: Sequence[Damping],
-    mode: Mode,
-    method: Inverse,
-    exponent: float,
-    iterations: int,
-    notice: Notice,
+    layers: Sequence[Layer], dampings: Sequence[Damping], how: How, notice: Notice
 ) -> None:
     """Invert all damped factors."""
     requests = []
     for layer, damping in zip(layers, dampings, strict=True):
-        added = shifts(mode, damping, (layer.mean(0), layer.mean(1)))
+        added = shifts(how.mode, damping, (layer.mean(0), layer.mean(1)))
         for side, shift in enumerate(added):
             space, average = layer.spaces[side], layer.average(side)
             eye = space.eye(len(average), layer.dims[side], average.dtype, average.device)
             damped = average + space.scale(eye, shift * torch.ones_like(layer.mean(side)))
             last = layer.state[f"{SIDES[side]}_inverse"]
-            requests.append(Request(space, (damped,) if method == "cholesky" else (damped, last)))
-    found = inverses(requests, method, exponent, iterations)
+            requests.append(
+                Request(space, (damped,) if how.inverse == "cholesky" else (damped, last))
+            )
+    found = inverses(requests, how.inverse, how.exponent, how.iterations)
     fits = [
         torch.isfinite(request.space.largest(inverse))
         for request, inverse in zip(requests, found, strict=True)
@@ -126,18 +144,18 @@ def refresh_inverses(
             )
 
 
-def isotropic(layer: Layer, damping: Damping, mode: Mode, exponent: float) -> None:
+def isotropic(layer: Layer, damping: Damping, how: How) -> None:
     """As if both factors were multiples of I: for layers whose turn has not come yet."""
     state = layer.state
     means = (layer.mean(0), layer.mean(1))
-    added = (0.0, 0.0) if mode == "exact" else shifts(mode, damping, means)
+    added = (0.0, 0.0) if how.mode == "exact" else shifts(how.mode, damping, means)
     sides = zip(SIDES, layer.spaces, layer.dims, means, added, strict=True)
     for side, space, dim, mean, shift in sides:
         if f"{side}_values" in state:
             values = mean[:, None].expand_as(state[f"{side}_values"])
             _replace(state[f"{side}_values"], values, torch.isfinite(mean))
             continue
-        multiple = (mean + shift).reciprocal() ** exponent
+        multiple = (mean + shift).reciprocal() ** how.exponent
         eye = space.eye(len(mean), dim, mean.dtype, mean.device)
         fits = torch.isfinite(multiple)
         _replace(state[f"{side}_inverse"], space.scale(eye, multiple), fits)
