@@ -1,0 +1,1 @@
+"""Whole training steps against SGD's; `python -m benchmarks.step`."""
