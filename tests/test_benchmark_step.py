@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from benchmarks.step import __main__ as command
-from benchmarks.step import profiles
+from benchmarks.step import measuring, profiles
 from benchmarks.step.measuring import baseline, fastest
 from benchmarks.step.optimizers import (
     OPTIMIZERS,
@@ -20,6 +20,12 @@ from benchmarks.step.report import page, ratio
 from benchmarks.step.training import NETWORKS, Training
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*:SyntaxWarning")  # of einconv
+
+
+@pytest.fixture(autouse=True)
+def _no_collection(monkeypatch):
+    """A tiny model leaves little, and collecting garbage takes longer than its steps."""
+    monkeypatch.setattr(measuring, "release", lambda: None)
 
 
 def run(path, *arguments, code=0):
