@@ -50,21 +50,19 @@ def statistics(
     first: bool,
     gradient: Tensor,
     saved: Sequence[Tensor],
-    input_shape: Sequence[int],
-    output_shape: Sequence[int],
-    moments_shape: Sequence[int],
+    sizes: Sequence[int],
     dtype: torch.dtype,
 ) -> list[Tensor]:
-    """The statistics of one call of a layer; zeros, where none are wanted.
+    """The statistics of one call of a layer, flat; zeros, where none are wanted.
 
     All that decides what the result looks like is an argument: compiled graphs are cached on
     disk, and another process has another tap under the same key.
     """
     tap = _taps[key]
     if not tap.recording:
-        return _like(gradient, (input_shape, output_shape, (2,), moments_shape), dtype)
+        return _like(gradient, sizes, dtype)
     tap.forget_discarded()
-    return [part.contiguous() for part in tap.measure(tuple(saved), gradient, first)]
+    return [part.contiguous().view(-1) for part in tap.measure(tuple(saved), gradient, first)]
 
 
 @statistics.register_fake
@@ -73,17 +71,15 @@ def _(
     first: bool,
     gradient: Tensor,
     saved: Sequence[Tensor],
-    input_shape: Sequence[int],
-    output_shape: Sequence[int],
-    moments_shape: Sequence[int],
+    sizes: Sequence[int],
     dtype: torch.dtype,
 ) -> list[Tensor]:
-    return _like(gradient, (input_shape, output_shape, (2,), moments_shape), dtype)
+    return _like(gradient, sizes, dtype)
 
 
-def _like(gradient: Tensor, shapes: Sequence[Sequence[int]], dtype: torch.dtype) -> list[Tensor]:
-    """Zeros of the shapes of A, G, the counts, and moments if there are any."""
-    return [gradient.new_zeros(tuple(shape), dtype=dtype) for shape in shapes if shape]
+def _like(gradient: Tensor, sizes: Sequence[int], dtype: torch.dtype) -> list[Tensor]:
+    """Zeros of the sizes of the probes."""
+    return [gradient.new_zeros(size, dtype=dtype) for size in sizes]
 
 
 class TracedTap(torch.autograd.Function):
@@ -95,9 +91,7 @@ class TracedTap(torch.autograd.Function):
         """Return a copy of `output`, which the compiler fuses away; save `count` tensors."""
         ctx.save_for_backward(*tensors[:count])
         ctx.key, ctx.first = key, first
-        input_probe, output_probe, _, *moments = tensors[count:]
-        last = moments[0].shape if moments else ()
-        ctx.shapes, ctx.dtype = (input_probe.shape, output_probe.shape, last), input_probe.dtype
+        ctx.shapes, ctx.dtype = [probe.shape for probe in tensors[count:]], tensors[-1].dtype
         return output.clone()
 
     @staticmethod
@@ -105,9 +99,11 @@ class TracedTap(torch.autograd.Function):
         """Pass the gradient on unchanged, and give each probe its statistic."""
         (gradient,) = gradients
         saved = ctx.saved_tensors
-        parts = torch.ops.tn_kfac.statistics(
-            ctx.key, ctx.first, gradient, list(saved), *map(list, ctx.shapes), ctx.dtype
+        sizes = [shape.numel() for shape in ctx.shapes]
+        flat = torch.ops.tn_kfac.statistics(
+            ctx.key, ctx.first, gradient, list(saved), sizes, ctx.dtype
         )
+        parts = (part.view(shape) for part, shape in zip(flat, ctx.shapes, strict=True))
         return gradient, None, None, None, *(None for _ in saved), *parts
 
 

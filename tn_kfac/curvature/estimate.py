@@ -183,10 +183,8 @@ def _measure(
 def _add(sums: dict[str, list[Tensor]], taps: Mapping[str, LayerTap], average: LossAverage) -> None:
     """Add a batch's statistics, with gradients of each example's own loss, and clear the taps."""
     for name, tap in taps.items():
-        parts = [probe.grad for probe in tap.probes]
-        if parts and all(part is not None for part in parts):
-            A, G, counts = parts
-            assert A is not None and G is not None and counts is not None
+        if tap.parts is not None:
+            A, G, counts = tap.parts
             if tap.recipe.fisher == "empirical" and average is not None:
                 G = G * counts[1] ** 2  # the loss of the batch is a mean over these terms
             old = sums.get(name)

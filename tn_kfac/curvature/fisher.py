@@ -69,20 +69,20 @@ def _accumulate(tap: LayerTap, before: list[Tensor | None], terms: Tensor | floa
 
     A second loss on the same forward pass shares the first one's terms: its G is scaled.
     """
-    A, G, counts, *moments = (probe.grad for probe in tap.probes)
-    if A is None or G is None or counts is None:
-        new: list[Tensor | None] = []
-    else:
+    parts = tap.parts
+    if parts is not None:
+        A, G, counts, *moments = parts
         earlier = [s for s in tap.met if s.measured_in == tap.epoch]
         if earlier:
             ratio = _ratio(earlier[0].terms, terms, G)
-            G, moments = G * ratio, [None if m is None else m * ratio for m in moments]
+            G, moments = G * ratio, [m * ratio for m in moments]
         for samples in [] if earlier else tap.met:
             samples.measured_in, samples.terms = tap.epoch, terms
         counts[1] = 0.0 if earlier else terms
-        new = [A, G, counts, *moments]
-    for probe, old, added in zip(tap.probes, before, new or before, strict=True):
-        probe.grad = added if old is None or not new or added is None else old + added
+        tap.replace([A, G, counts, *moments])
+    for probe, old in zip(tap.probes, before, strict=True):
+        if old is not None:
+            probe.grad = old if probe.grad is None else old + probe.grad
     tap.met.clear()
 
 

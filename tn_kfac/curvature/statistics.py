@@ -11,8 +11,9 @@ normalise them, so sums over micro-batches of any sizes equal those of one batch
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Literal, NamedTuple
 
 import torch
@@ -116,6 +117,29 @@ class Recipe:
         output_shape = self.output_structure.coordinate_shape(self.dim_out)
         shapes = ((groups, *input_shape), (groups, *output_shape), (2,))
         return (*shapes, (groups, self.dim_out, self.dim_in)) if self.moments else shapes
+
+    @property
+    def packed(self) -> bool:
+        """Whether the statistics are one vector: where all of them are small."""
+        spaces = (self.input_structure, self.output_structure)
+        return not self.moments and all(space.reads == "diagonal" for space in spaces)
+
+    def probe_shapes(self) -> tuple[tuple[int, ...], ...]:
+        """Shapes in which statistics leave the backward pass."""
+        shapes = self.shapes()
+        return ((sum(map(prod, shapes)),),) if self.packed else shapes
+
+    def pack(self, parts: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """The statistics in these shapes."""
+        return (torch.cat([part.flatten() for part in parts]),) if self.packed else tuple(parts)
+
+    def unpack(self, held: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """The inverse of `pack`: A, G, counts, moments if any."""
+        if not self.packed:
+            return tuple(held)
+        shapes = self.shapes()
+        parts = held[0].split([prod(shape) for shape in shapes])
+        return tuple(part.view(shape) for part, shape in zip(parts, shapes, strict=True))
 
     def normalise(self, A: Tensor, G: Tensor, counts: Tensor, basis: Basis = None) -> Factors:
         """Factors from summed statistics: A over its rows, G by the terms of the loss.

@@ -18,6 +18,7 @@ from torch.autograd import forward_ad
 from torch.utils.hooks import RemovableHandle
 
 from tn_kfac.curvature.compiled import register, traced_tap
+from tn_kfac.curvature.packed import PackedStatistics
 from tn_kfac.curvature.statistics import Basis, Factors, Measured, Recipe, statistics
 from tn_kfac.layers.base import Saved
 
@@ -114,6 +115,7 @@ class LayerTap:
         self.basis: Basis = None
         self.turn = 0
         self._probes: tuple[Tensor, ...] = ()
+        self._packed = PackedStatistics(recipe)
         self.key = register(self)
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any],
@@ -170,22 +172,38 @@ class LayerTap:
         """The probes: expanded scalars, so that they need no memory."""
         if not self._probes or self._probes[0].device != device:
             zero = torch.zeros((), dtype=self.dtype, device=device)
-            shapes = self.recipe.shapes()
+            shapes = self.recipe.probe_shapes()
             self._probes = tuple(zero.expand(shape).requires_grad_() for shape in shapes)
         return self._probes
 
     def measure(self, saved: Saved, gradient: Tensor, first_use: bool) -> tuple[Tensor, ...]:
         """The statistics of one call, outside of any autograd graph and autocast region."""
+        if self.recipe.packed and self.measures_input and self.recipe.fisher != "forward-only":
+            packed = self._packed(saved, gradient, self.dtype, first_use, self.turn)
+            if packed is not None:
+                return (packed,)
         saved = tuple(tensor.detach() for tensor in saved)
         with torch.no_grad(), torch.autocast(gradient.device.type, enabled=False):
             arguments = (self.recipe, saved, gradient.detach(), self.dtype)
             choices = (first_use, self.measures_input, self.basis, self.turn)
-            return statistics(*arguments, *choices)
+            return self.recipe.pack(statistics(*arguments, *choices))
 
     @property
     def probes(self) -> tuple[Tensor, ...]:
-        """The leaves whose gradients are the statistics, in `Recipe.shapes`; none yet: ()."""
+        """The leaves whose gradients are the statistics, in `Recipe.probe_shapes`; none yet: ()."""
         return self._probes
+
+    @property
+    def parts(self) -> tuple[Tensor, ...] | None:
+        """A, G, counts, moments if any, of all backward passes since `clear`; None without one."""
+        held = [probe.grad for probe in self._probes]
+        known = [part for part in held if part is not None]
+        return self.recipe.unpack(known) if held and len(known) == len(held) else None
+
+    def replace(self, parts: Sequence[Tensor]) -> None:
+        """Have these statistics instead."""
+        for probe, part in zip(self._probes, self.recipe.pack(parts), strict=True):
+            probe.grad = part.contiguous()
 
     @property
     def has_statistics(self) -> bool:
@@ -194,18 +212,19 @@ class LayerTap:
 
     def factors(self) -> Factors | None:
         """The normalised factors of all backward passes since `clear`, None without one."""
-        if not self.has_statistics:
+        parts = self.parts
+        if parts is None:
             return None
-        A, G, counts = (probe.grad for probe in self._probes[:3])
-        return self.recipe.normalise(A, G, counts, self.basis)  # type: ignore[arg-type]
+        A, G, counts = parts[:3]
+        return self.recipe.normalise(A, G, counts, self.basis)
 
     def measured(self) -> Measured | None:
         """The factors, with second moments if they are measured; None without a backward pass."""
-        factors = self.factors()
-        if factors is None or not self.recipe.moments:
-            return None if factors is None else Measured(factors, None)
-        counts, moments = (probe.grad for probe in self._probes[2:])
-        return Measured(factors, self.recipe.per_term(moments, counts))  # type: ignore[arg-type]
+        factors, parts = self.factors(), self.parts
+        if factors is None or parts is None:
+            return None
+        _, _, counts, *moments = parts
+        return Measured(factors, self.recipe.per_term(moments[0], counts) if moments else None)
 
     def clear(self) -> None:
         """Forget all statistics."""

@@ -22,6 +22,7 @@ from typing import Any, ClassVar, Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
+from tn_kfac.tensor_network.pattern import SpatialAxis
 from tn_kfac.tensor_network.rows import Approx
 
 Saved = tuple[Tensor, ...]
@@ -80,6 +81,7 @@ class Layer(ABC):
         groups: Groups, each with a weight matrix and factors of its own.
         features_in: Columns of each group's weight matrix, without a bias.
         features_out: Rows of each group's weight matrix.
+        stored: Whether a contiguous weight holds its matrices by rows or by columns, if either.
         bias_is: Where the bias is appended to the weight matrix: a column or a row.
         diagonal_input: Whether the input's factor is diagonal, whatever a user asks for.
         autocast: Whether autocast runs such a layer in its lower precision.
@@ -89,6 +91,7 @@ class Layer(ABC):
     """
 
     bias_is: ClassVar[str] = "column"
+    stored: ClassVar[Literal["rows", "columns"] | None] = None
     diagonal_input: ClassVar[bool] = False
     autocast: ClassVar[bool] = False
     structured: ClassVar[bool] = True
@@ -135,6 +138,16 @@ class Layer(ABC):
     def gradient_parts(self, saved: Saved, gradient: Tensor, ask: Ask) -> Iterator[Tensor]:
         """The rows of the output gradient, a part (groups, rows, out) at a time."""
         raise AssertionError(f"{type(self).__name__} has no rows of the output gradient")
+
+    def windows(
+        self, saved: Saved, gradient: Tensor
+    ) -> tuple[Tensor, tuple[SpatialAxis, ...], Tensor] | None:
+        """The call as (x, axes, v), where rows are windows of x; None where they are not.
+
+        Shapes: x (n, c, *pixels) and v (n, d, *positions), channels in groups; no axes: each
+        pixel is a row.
+        """
+        return None
 
     def thinned(
         self, saved: Saved, gradient: Tensor, start: int, every: int

@@ -4,21 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import chain
 from math import prod
 
 import torch
 from torch import Tensor, nn
 
-from tn_kfac.layers.base import Layer, layer_of
+from tn_kfac.layers.base import Layer, Saved, layer_of
 from tn_kfac.layers.rows import RowLayer
 from tn_kfac.tensor_network.convolution import Convolution, Padding, convolution
+from tn_kfac.tensor_network.pattern import SpatialAxis
 from tn_kfac.tensor_network.rows import Rows, channel_rows
 
 
 @dataclass(frozen=True)
 class ConvLayer(RowLayer):
     """A convolution. Rows of the input are its unfolded patches, per group."""
+
+    stored = "rows"
 
     kernel_size: tuple[int, ...]
     stride: tuple[int, ...]
@@ -48,9 +52,22 @@ class ConvLayer(RowLayer):
         padding = self.padding if self.padding_mode == "zeros" else 0
         return self._convolution(shape, padding).rows()
 
+    def windows(
+        self, saved: Saved, gradient: Tensor
+    ) -> tuple[Tensor, tuple[SpatialAxis, ...], Tensor]:
+        x = self.prepare_input(saved[0])
+        return x, _axes(self, x.shape), self.prepare_gradient(gradient)
+
     def gradient_rows(self, shape: torch.Size) -> Rows:
         batch, _, *spatial = shape
         return channel_rows("v", batch, self.groups, self.features_out, spatial)
+
+
+@lru_cache(maxsize=4096)
+def _axes(layer: ConvLayer, shape: torch.Size) -> tuple[SpatialAxis, ...]:
+    """The windows along each axis of a prepared input."""
+    padding = layer.padding if layer.padding_mode == "zeros" else 0
+    return layer._convolution(shape, padding).spatial
 
 
 @layer_of.register(nn.Conv1d)

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from tn_kfac.layers.base import Layer, Refused, layer_named, layer_of
+from tn_kfac.layers.base import Layer, Refused, Saved, layer_named, layer_of
 from tn_kfac.layers.rows import RowLayer
 from tn_kfac.tensor_network.network import Network, operand
+from tn_kfac.tensor_network.pattern import SpatialAxis
 from tn_kfac.tensor_network.rows import Rows
 
 
@@ -19,11 +20,19 @@ from tn_kfac.tensor_network.rows import Rows
 class LinearLayer(RowLayer):
     """y[n, s…, :] = W x[n, s…, :]; every dimension between first and last is shared."""
 
+    stored = "rows"
+
     def prepare_input(self, x: Tensor) -> Tensor:
         return x if x.dim() > 1 else x[None]
 
     def prepare_gradient(self, gradient: Tensor) -> Tensor:
         return self.prepare_input(gradient)
+
+    def windows(
+        self, saved: Saved, gradient: Tensor
+    ) -> tuple[Tensor, tuple[SpatialAxis, ...], Tensor]:
+        x, v = self.prepare_input(saved[0]), self.prepare_gradient(gradient)
+        return x.movedim(-1, 1), (), v.movedim(-1, 1)
 
     def input_rows(self, shape: torch.Size, output: torch.Size) -> Rows:
         return _rows("x", shape)
@@ -45,6 +54,8 @@ def _rows(name: str, shape: torch.Size) -> Rows:
 @dataclass(frozen=True)
 class TransposedLinearLayer(LinearLayer):
     """The same with the weight stored as (in, out), as GPT-2 of HuggingFace does."""
+
+    stored = "columns"
 
     def to_matrix(self, weight: Tensor) -> Tensor:
         return weight.mT[None]

@@ -84,27 +84,25 @@ class KroneckerOptimizer(HookedOptimizer):
         empirical = any(b.tap.recipe.fisher == "empirical" for b in self._bindings)
         scale = unscale(self, empirical)
         if not found_inf(self):
+            self._where = {p: group for group in self.param_groups for p in group["params"]}
             self._check_step()
-            groups = {p: group for group in self.param_groups for p in group["params"]}
-            directions: dict[Tensor, Tensor] = {}
             active = [
-                (b, groups[b.parameters[0]])
+                (b, self._where[b.parameters[0]])
                 for b in self._bindings
                 if any(p.grad is not None for p in b.parameters)
             ]
             self._share(active)
-            counted = [self._take_in(binding, group, scale) for binding, group in active]
+            due = [self._is_ready(binding, group) for binding, group in active]
+            measured = [pair for pair, ready in zip(active, due, strict=True) if ready]
+            self._take_in(measured, scale)
             self._refresh(active)
-            for (binding, group), counts in zip(active, counted, strict=True):
-                directions |= self._layer_directions(binding, group, counts)
-            self._write_all(directions)
+            self._step_layers(active, [ready is not False for ready in due])
         self._clear()
         return loss
 
     def _check_step(self) -> None:
         """Check that all that the step needs was measured, before anything is changed."""
-        groups = {p: group for group in self.param_groups for p in group["params"]}
-        check_measured(self._bindings, lambda b: self._is_due(b, groups[b.parameters[0]]))
+        check_measured(self._bindings, lambda b: self._is_due(b, self._where[b.parameters[0]]))
 
     def _share(self, active: Sequence[tuple[Binding, Group]]) -> None:
         """Sum the statistics of the layers that are due over all ranks."""
@@ -119,34 +117,47 @@ class KroneckerOptimizer(HookedOptimizer):
         step: int = state.get("step", 0)
         return step % T == 0 if isinstance(T, int) else step >= state.get("due", 0)
 
-    def _take_in(self, binding: Binding, group: Group, scale: Tensor | None) -> bool:
-        """Update a layer's factors if that is due; whether the step counts for it."""
+    def _is_ready(self, binding: Binding, group: Group) -> bool | None:
+        """Whether a layer was measured for an update that is due; None: it is not due."""
         parameter = binding.parameters[0]
         state = self.state[parameter]
         if "step" not in state:
             state |= {"step": 0} | self._new_state(binding, group, parameter.device)
-        if not self._is_due(binding, group):
-            return True
-        measured = binding.tap.measured()
-        if measured is None:
-            return False  # what is due stays due
-        if scale is not None and binding.tap.recipe.fisher == "empirical":
-            measured = measured.unscaled(scale)
-        self._update_factors(state, measured, binding, group)
-        self._count_update(state, group)
-        return True
+        return binding.tap.has_statistics if self._is_due(binding, group) else None
 
-    def _layer_directions(
-        self, binding: Binding, group: Group, counts: bool
-    ) -> dict[Tensor, Tensor]:
+    def _take_in(self, measured: Sequence[tuple[Binding, Group]], scale: Tensor | None) -> None:
+        """Update the factors of layers that were measured, of a loss times `scale`."""
+        for binding, group in measured:
+            found = binding.tap.measured()
+            assert found is not None
+            if scale is not None and binding.tap.recipe.fisher == "empirical":
+                found = found.unscaled(scale)
+            state = self.state[binding.parameters[0]]
+            self._update_factors(state, found, binding, group)
+            self._count_update(state, group)
+
+    def _step_layers(
+        self, active: Sequence[tuple[Binding, Group]], counted: Sequence[bool]
+    ) -> None:
+        """Step all parameters; for a layer that waits for its measurement the step counts not."""
+        directions: dict[Tensor, Tensor] = {}
+        for (binding, group), counts in zip(active, counted, strict=True):
+            directions |= self._layer_directions(binding, group)
+            self._count_step(binding, group, counts)
+        self._write_all(directions)
+
+    def _count_step(self, binding: Binding, group: Group, counts: bool) -> None:
+        """Go on to a layer's next step."""
+        self.state[binding.parameters[0]]["step"] += counts
+        self._tell(binding, group)
+
+    def _layer_directions(self, binding: Binding, group: Group) -> dict[Tensor, Tensor]:
         """Directions of one layer's parameters, by its newest factors."""
         state = self.state[binding.parameters[0]]
         matrix = binding.gradient_matrix(lambda p, g: self._smoothed(p, g, group))
         waits = state["step"] < group["warmup"]
         recipe = binding.tap.recipe
         direction = matrix if waits else self._precondition(state, matrix, recipe, group)
-        state["step"] += counts
-        self._tell(binding, group)
         return binding.directions(lengthened(direction, matrix, state, group))
 
     def _checked(self, options: Group) -> Group:

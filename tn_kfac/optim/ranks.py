@@ -65,12 +65,8 @@ def _weighted(tap: LayerTap) -> list[Tensor]:
 
     Gradients of a mean carry 1/terms, which differs between ranks with batches of other sizes.
     """
-    sums = [
-        torch.zeros(probe.shape, dtype=probe.dtype, device=probe.device)
-        if probe.grad is None
-        else probe.grad
-        for probe in tap.probes
-    ]
+    held = [torch.zeros_like(p) if p.grad is None else p.grad for p in tap.probes]
+    sums = list(tap.recipe.unpack(held))
     if _is_mean(tap):
         A, G, counts, *moments = sums
         sums = [A, G * counts[1] ** 2, counts, *(m * counts[1] ** 2 for m in moments)]
@@ -84,8 +80,7 @@ def _unweighted(tap: LayerTap, sums: list[Tensor]) -> None:
         terms = counts[1].clamp(min=1.0) ** 2
         G, moments = G / terms, [m / terms for m in moments]
     A = torch.where(counts[0] + counts[1] > 0, A, torch.nan)
-    for probe, total in zip(tap.probes, (A, G, counts, *moments), strict=True):
-        probe.grad = total.contiguous()
+    tap.replace([A, G, counts, *moments])
 
 
 def _is_mean(tap: LayerTap) -> bool:

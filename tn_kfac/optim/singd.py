@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -20,6 +21,7 @@ from tn_kfac.optim.factor_update import (
     riemannian_gradient,
     update_factor,
 )
+from tn_kfac.optim.fused import Fused
 from tn_kfac.optim.groups import Group
 from tn_kfac.structures import Spec
 
@@ -199,6 +201,7 @@ class SINGD(KroneckerOptimizer):
             "fallback_lr": fallback_lr,
             "fallback_weight_decay": fallback_weight_decay,
         }
+        self._fused = Fused()
         super().__init__(model, params, options, warn_unsupported, norms, process_group)
 
     def _new_state(self, binding: Binding, group: Group, device: torch.device) -> dict[str, Any]:
@@ -224,6 +227,7 @@ class SINGD(KroneckerOptimizer):
     def _update_factors(
         self, state: dict[str, Any], captured: Measured, binding: Binding, group: Group
     ) -> None:
+        beta = self._beta(state, group)
         K, C, recipe = state["K"], state["C"], binding.tap.recipe
         A, G = captured.factors.A.to(K.dtype), captured.factors.G.to(C.dtype)
         sides = {
@@ -240,9 +244,6 @@ class SINGD(KroneckerOptimizer):
             ):
                 factor.copy_(start)
             return
-        lr_cov: float | Callable[[int], float] = group["lr_cov"]
-        beta = lr_cov(state["step"]) if callable(lr_cov) else lr_cov
-        checks.number("lr_cov", beta)
         alpha = 0.0 if ikfac else group["alpha1"]
         steps = Steps(alpha, beta, group["normalize_lr_cov"], group["factor_clip"])
         for name, other in (("K", "C"), ("C", "K")):
@@ -252,6 +253,52 @@ class SINGD(KroneckerOptimizer):
             state[name].copy_(factor)
             if alpha:
                 state[f"m_{name}"].copy_(m)
+
+    @staticmethod
+    def _beta(state: dict[str, Any], group: Group) -> float:
+        """The step size of a layer's factors now."""
+        lr_cov: float | Callable[[int], float] = group["lr_cov"]
+        beta = lr_cov(state["step"]) if callable(lr_cov) else lr_cov
+        checks.number("lr_cov", beta)
+        return beta
+
+    def _take_in(self, measured: Sequence[tuple[Binding, Group]], scale: Tensor | None) -> None:
+        """All layers that `Fused` knows at once, the others one after another."""
+        alike: dict[tuple[int, float], list[tuple[Binding, dict[str, Any]]]] = defaultdict(list)
+        rest = []
+        for binding, group in measured:
+            state = self.state[binding.parameters[0]]
+            starts = group["init"] == "curvature" and not state.get("started")
+            if starts or not self._fused.takes_factors(binding, state):
+                rest.append((binding, group))
+            else:
+                alike[id(group), self._beta(state, group)].append((binding, state))
+        for group in self.param_groups:
+            for (owner, beta), layers in alike.items():
+                if owner == id(group):
+                    self._fused.update(layers, group, beta, scale)
+                    for _, state in layers:
+                        self._count_update(state, group)
+        super()._take_in(rest, scale)
+
+    def _step_layers(
+        self, active: Sequence[tuple[Binding, Group]], counted: Sequence[bool]
+    ) -> None:
+        rest, waits, fused = [], [], []
+        for (binding, group), counts in zip(active, counted, strict=True):
+            state = self.state[binding.parameters[0]]
+            ready = state["step"] >= group["warmup"]
+            groups = (self._where[p] for p in binding.parameters)
+            if ready and all(self._fused.takes_steps(binding, state, g) for g in groups):
+                fused.append((binding, state))
+                self._count_step(binding, group, counts)
+            else:
+                rest.append((binding, group))
+                waits.append(counts)
+        super()._step_layers(rest, waits)
+        for group in self.param_groups if fused else ():
+            if group["rule"] == self.rule:
+                self._fused.step(fused, group, self.state)
 
     def _precondition(
         self, state: dict[str, Any], matrix: Tensor, recipe: Recipe, group: Group
