@@ -23,7 +23,7 @@ def sum_windows(node: WindowSum, sizes: Sizes, tensor_of: Materialise) -> Tensor
     """The window sums of an operand, with one dimension per axis of the node."""
     (operand,), (rows, _) = node.operands, node.groups
     singles = tuple((axis,) for axis in node.inputs)
-    x = arranged(tensor_of(operand), operand.axes, (rows, *singles), sizes)
+    x = arranged(tensor_of(operand), operand.axes, (rows, *singles))
     return window_sum(x, node.spatial).reshape([sizes[axis] for axis in node.axes])
 
 
