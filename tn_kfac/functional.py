@@ -92,8 +92,8 @@ def _biased(output: Tensor, bias: Tensor | None) -> Tensor:
     """The output plus one bias per channel."""
     if bias is None:
         return output
-    if bias.shape != output.shape[1:2]:
+    if tuple(bias.shape) != (output.shape[1],):
         raise ValueError(
             f"bias has shape {tuple(bias.shape)}, expected ({output.shape[1]},): one per channel"
         )
-    return output + bias.reshape(-1, *(1 for _ in output.shape[2:]))
+    return output + bias.reshape([-1] + [1] * (output.dim() - 2))

@@ -171,3 +171,10 @@ def test_float16_holds_the_factors_of_large_images(name):
     assert expected.max() < 65504
     for actual in both_ways(name, {"x": x.half()}, {"kernel_size": 1}):
         torch.testing.assert_close(actual.double(), expected, rtol=1e-2, atol=0)
+
+
+@pytest.mark.parametrize("name", ["kfac_expand_diagonal", "kfac_reduce_diagonal"])
+def test_float16_holds_a_mean_whose_sum_overflows(name):
+    """Of 64 squares of 200, for one window."""
+    x = torch.full((64, 2, 5, 5), 200.0).half()
+    assert torch.equal(getattr(expressions, name)(x, 5), torch.full((1, 50), 4e4).half())

@@ -1,9 +1,15 @@
 """Where a lowering is possible but slower than an einsum (benchmarks/layer.py), it is not used."""
 
+from fractions import Fraction
+
 import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tn_kfac.tensor_network.convolution import convolution
+from tn_kfac.tensor_network.execute import execute
 from tn_kfac.tensor_network.lower import lower
+from tn_kfac.tensor_network.slicing import plan
 
 
 def wide(size, channels, kernel, out=None, groups=1, **options):
@@ -42,3 +48,38 @@ PER_EXAMPLE = {
 @pytest.mark.parametrize(("network", "lowerings"), PER_EXAMPLE.values(), ids=PER_EXAMPLE)
 def test_per_example_gradients(network, lowerings):
     assert lower(network.vjp("weight", "v", keep=("n",))).lowerings == lowerings
+
+
+ONE_WINDOW = convolution((64, 128, 5, 5), 5).rows()  # as AuxLogits.conv1 of InceptionV3
+DIAGONALS = {
+    "expand, one window": ("expand", ONE_WINDOW),
+    "reduce, one window": ("reduce", ONE_WINDOW),
+}
+
+
+@pytest.mark.parametrize(("approx", "rows"), DIAGONALS.values(), ids=DIAGONALS)
+def test_diagonal_of_one_window_is_a_mean_of_squares(approx, rows):
+    """Nothing is left of the patterns, and the scale is no launch of its own."""
+    network = rows.factor(approx, mean=True, tied=rows.feature).scaled(Fraction(1, 64))
+    x = torch.randn(64, 128, 5, 5)
+    computed = {}
+    for lowered in (True, False):
+        with Launches() as launches:
+            result = execute(plan(network, True, lowered), {"x": x})
+        torch.testing.assert_close(result, x.square().mean(0).flatten()[None])
+        computed[lowered] = launches.names
+    assert computed[True] == ["mul", "mean"]
+    assert len(computed[True]) < len(computed[False])
+
+
+class Launches(TorchDispatchMode):
+    """The operations that compute something: those whose result is no view."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if not func.is_view and "view" not in func.name():
+            self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))

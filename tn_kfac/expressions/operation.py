@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache, update_wrapper
 from inspect import signature
-from typing import Any, Generic, ParamSpec
+from typing import Any, Generic, NamedTuple, ParamSpec
 
 from torch import Tensor
 
@@ -21,6 +21,8 @@ from tn_kfac.tensor_network.network import Network
 from tn_kfac.tensor_network.slicing import DEFAULT_LIMIT, AnyPlan, plan
 
 P = ParamSpec("P")
+Reader = Callable[[str, Any, dict[str, Tensor]], Any]
+"""Makes a hashable stand-in of a named argument; tensors are collected."""
 
 
 @dataclass(frozen=True)
@@ -43,8 +45,7 @@ class Expression:
         return self._plans[lowered]
 
 
-@dataclass(frozen=True)
-class Shaped:
+class Shaped(NamedTuple):
     """What stands for a tensor while a network is derived: its shape."""
 
     shape: tuple[int, ...]
@@ -63,7 +64,11 @@ class Operation(Generic[P]):
         self._derive = lru_cache(maxsize=1024)(self._limited(derive))
         parameters = signature(derive).parameters
         self._names = tuple(parameters)
-        self._tensors = frozenset(n for n, p in parameters.items() if p.annotation == "Tensor")
+        self._readers: dict[str, Reader] = {
+            name: _shape if parameter.annotation == "Tensor" else _flag
+            for name, parameter in parameters.items()
+            if parameter.annotation == "Tensor" or name == "simplify"
+        }
 
     def __repr__(self) -> str:
         return f"<operation {self.__name__}>"  # type: ignore[attr-defined]
@@ -120,26 +125,18 @@ class Operation(Generic[P]):
     ) -> tuple[Expression, dict[str, Tensor]]:
         """The cached expression of a call, and its tensors by name."""
         tensors: dict[str, Tensor] = {}
-        positional = [self._symbol(*pair, tensors) for pair in zip(self._names, args, strict=False)]
+        readers = self._readers
+        positional = [
+            readers.get(name, _hyper)(name, value, tensors)
+            for name, value in zip(self._names, args, strict=False)
+        ]
         positional += args[len(self._names) :]  # too many: the function itself complains
-        named = {name: self._symbol(name, value, tensors) for name, value in kwargs.items()}
-        _check_alike(tensors)
+        named = {n: readers.get(n, _hyper)(n, value, tensors) for n, value in kwargs.items()}
+        if len(tensors) > 1:
+            _check_alike(tensors)
         expression = self._derive(*positional, **named)
         _check_scale(expression.network, tensors)
         return expression, tensors
-
-    def _symbol(self, name: str, value: Any, tensors: dict[str, Tensor]) -> Any:
-        """The hashable stand-in of an argument; tensors are collected."""
-        if name in self._tensors:
-            if not isinstance(value, Tensor):
-                raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
-            tensors[name] = value
-            return Shaped(tuple(value.shape))
-        if name == "simplify":
-            if not isinstance(value, bool):
-                raise TypeError(f"argument simplify must be True or False, got {value!r}")
-            return value
-        return _hashable(name, value)
 
 
 def operation(derive: Callable[P, Expression]) -> Operation[P]:
@@ -149,6 +146,24 @@ def operation(derive: Callable[P, Expression]) -> Operation[P]:
     runs, they have a `shape` and nothing else.
     """
     return Operation(derive)
+
+
+def _shape(name: str, value: Any, tensors: dict[str, Tensor]) -> Shaped:
+    """What stands for a tensor, which is collected."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+    tensors[name] = value
+    return Shaped(tuple(value.shape))
+
+
+def _flag(name: str, value: Any, tensors: dict[str, Tensor]) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(f"argument {name} must be True or False, got {value!r}")
+    return value
+
+
+def _hyper(name: str, value: Any, tensors: dict[str, Tensor]) -> Any:
+    return value if type(value) is int else _hashable(name, value)
 
 
 def _hashable(name: str, value: Any) -> Any:
@@ -173,7 +188,8 @@ def _check_alike(tensors: Mapping[str, Tensor]) -> None:
 def _check_scale(network: Network, tensors: Mapping[str, Tensor]) -> None:
     """A mean of integers is no integer."""
     for name, tensor in tensors.items():
-        if network.scale != 1 and not (tensor.is_floating_point() or tensor.is_complex()):
+        whole = not (tensor.is_floating_point() or tensor.is_complex())
+        if whole and network.scale != 1:
             raise TypeError(
                 f"{name} is {tensor.dtype}, but the result is a mean: convert it with .float()"
             )

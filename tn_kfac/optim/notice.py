@@ -34,9 +34,9 @@ class Notice:
         return list(flags.split([len(own) for own in fits]))
 
     def note(self, names: list[str], flags: Tensor) -> None:
-        """Keep flags until they are known."""
-        if self._told:
-            return
+        """Keep flags until they are known; those of a captured CUDA graph never are."""
+        if self._told or (flags.is_cuda and torch.cuda.is_current_stream_capturing()):
+            return  # while capturing, no event may be queried
         if flags.is_cuda:
             pinned = torch.empty(flags.shape, dtype=flags.dtype, pin_memory=True)
             pinned.copy_(flags, non_blocking=True)

@@ -1,4 +1,4 @@
-"""Evaluation: (plan, tensors) -> tensor. The only symbolic-core file that knows torch."""
+"""Evaluation: (plan, tensors) -> tensor. Here the symbolic core meets torch."""
 
 from __future__ import annotations
 
@@ -9,17 +9,15 @@ from math import prod
 import torch
 from torch import Tensor
 
+from tn_kfac.tensor_network.contract import contract, is_square
 from tn_kfac.tensor_network.lower import Primitive
 from tn_kfac.tensor_network.network import Delta, Network, Node, Ones, Operand, Window
 from tn_kfac.tensor_network.pattern import Pattern
 from tn_kfac.tensor_network.plan import Plan, einsum_equation
 from tn_kfac.tensor_network.primitives import PRIMITIVES
-from tn_kfac.tensor_network.primitives.arrange import sum_over
 from tn_kfac.tensor_network.simplify import simplify
-from tn_kfac.tensor_network.slicing import DEFAULT_LIMIT, AnyPlan, Sliced
+from tn_kfac.tensor_network.slicing import AnyPlan, Sliced
 
-SMALL_ROWS, MANY_GRAMS = 64, 2048
-"""Grams of fewer rows are split up until there are so many."""
 HALF = (torch.float16, torch.bfloat16)
 
 
@@ -40,7 +38,7 @@ def _in_steps(plan: Plan, tensors: Mapping[str, Tensor]) -> Tensor:
     for step in plan.steps:
         terms: list[Tensor] = [values[i] for i in step.inputs]  # type: ignore[misc]
         factor = 1.0
-        if step is plan.steps[-1] and scale > 0 and _is_square(terms):
+        if step is plan.steps[-1] and scale > 0 and is_square(terms):
             factor, scale = scale, 1.0
             if like.dtype in HALF:  # the sum could overflow, or the scale underflow
                 terms, factor = [terms[0] * factor**0.5] * 2, 1.0
@@ -76,97 +74,6 @@ def _in_slices(plan: Sliced, tensors: Mapping[str, Tensor]) -> Tensor:
     return parts[0] if plan.output is None else torch.cat(parts, plan.output.dim)
 
 
-def contract(equation: str, terms: list[Tensor], scale: float = 1.0) -> Tensor:
-    """One einsum step times `scale`; a tensor times itself is done on one copy of it."""
-    names, output = _axes(equation)
-    if _is_gram(names, output, terms):
-        return _gram(names[0], names[1], output, terms[0], scale)
-    return _unscaled(equation, terms) if scale == 1.0 else _unscaled(equation, terms) * scale
-
-
-def _axes(equation: str) -> tuple[list[str], str]:
-    inputs, output = equation.split("->")
-    return inputs.split(","), output
-
-
-def _is_square(terms: list[Tensor]) -> bool:
-    """Whether a tensor is multiplied with itself."""
-    return len(terms) == 2 and terms[0] is terms[1]
-
-
-def _is_gram(names: list[str], output: str, terms: list[Tensor]) -> bool:
-    """Whether a tensor is multiplied with itself as a matrix, with no axis repeated."""
-    if not _is_square(terms) or names[0] == names[1]:
-        return False
-    shared = [a for a, b in zip(*names, strict=True) if a == b]
-    rows = [axis for axes in names for axis in axes if axis not in shared]
-    every = [axis for axis in shared if axis in output] + rows
-    return sorted(every) == sorted(output) and len(set(rows)) == len(rows)
-
-
-def _unscaled(equation: str, terms: list[Tensor]) -> Tensor:
-    names, output = _axes(equation)
-    if len(names) == 1 and len(set(names[0])) == len(names[0]):
-        return _summed(names[0], output, terms[0])
-    if len(names) == 2 and names[0] == names[1] and len(set(names[0])) == len(names[0]):
-        return _elementwise(names[0], output, terms)
-    return torch.einsum(equation, *terms)
-
-
-def _elementwise(axes: str, output: str, terms: list[Tensor]) -> Tensor:
-    """A product without a matrix axis, summed over what is not in the output."""
-    return _summed(axes, output, terms[0] * terms[1])
-
-
-def _summed(axes: str, output: str, term: Tensor) -> Tensor:
-    """A tensor summed over the axes that are not in the output, in the output's order."""
-    gone = [dim for dim, axis in enumerate(axes) if axis not in output]
-    single = all(term.shape[dim] == 1 for dim in gone)
-    term = term.squeeze(tuple(gone)) if single else sum_over(term, gone)
-    left = [axis for axis in axes if axis in output]
-    return term.permute([left.index(axis) for axis in output])
-
-
-def _split(term: Tensor, kept: list[int], summed: list[int], row: list[int]) -> list[int]:
-    """Leading summed dimensions to keep for now: few small grams do not fill a GPU."""
-    rows, batch = (prod(term.shape[dim] for dim in dims) for dims in (row, kept))
-    split: list[int] = []
-    for dim in summed[:-1]:
-        grams = batch * term.shape[dim]
-        if rows >= SMALL_ROWS or batch >= MANY_GRAMS or grams * rows * rows > DEFAULT_LIMIT:
-            break
-        split.append(dim)
-        batch = grams
-    return split
-
-
-def _gram(first: str, second: str, output: str, term: Tensor, scale: float) -> Tensor:
-    """scale · Σ t[kept, summed, row] t[kept, summed, row'], t as one matrix per kept index.
-
-    Where t must be copied for that, its contiguous axes stay innermost; rows come in the
-    output's order.
-    """
-    pairs = list(zip(first, second, strict=True))
-    same = [dim for dim, (a, b) in enumerate(pairs) if a == b]
-    kept = [dim for dim in same if first[dim] in output]
-    summed = [dim for dim in same if first[dim] not in output]
-    row = [dim for dim, (a, b) in enumerate(pairs) if a != b]
-    row.sort(key=lambda dim: output.index(first[dim]))
-    named = "".join(first[d] for d in kept + row) + "".join(second[d] for d in row)
-    split = _split(term, kept, summed, row) if term.is_cuda else []
-    kept, summed = split + kept, summed[len(split) :]
-    inner = summed if any(term.stride(dim) == 1 and term.shape[dim] > 1 for dim in summed) else row
-    outer = row if inner is summed else summed
-    sizes = [[term.shape[dim] for dim in dims] for dims in (kept, outer, inner)]
-    rows = term.permute(kept + outer + inner).reshape([prod(size) for size in sizes])
-    left, right = (rows, rows.mT) if outer is row else (rows.mT, rows)
-    gram = torch.baddbmm(term.new_empty(1, 1, 1), left, right, beta=0, alpha=scale)
-    row_sizes = [term.shape[dim] for dim in row]
-    gram = gram.reshape(sizes[0] + row_sizes + row_sizes)
-    gram = gram.sum(tuple(range(len(split)))) if split else gram
-    return gram.permute([named.index(axis) for axis in output])
-
-
 @singledispatch
 def materialise(
     node: Node, shape: tuple[int, ...], tensors: Mapping[str, Tensor], like: Tensor
@@ -176,14 +83,17 @@ def materialise(
 
 
 @materialise.register
-def _(node: Operand, shape: tuple[int, ...], tensors: Mapping[str, Tensor], like: Tensor) -> Tensor:
+def _operand(
+    node: Operand, shape: tuple[int, ...], tensors: Mapping[str, Tensor], like: Tensor
+) -> Tensor:
     tensor = tensors[node.name]
     dim = 0
-    for window in (window for leg in node.legs for window in leg.windows):
-        if window is not None:
-            tensor = _windows(tensor, dim, window)
+    for leg in node.legs:
+        for window in leg.windows:
+            if window is not None:
+                tensor = _windows(tensor, dim, window)
+                dim += 1
             dim += 1
-        dim += 1
     return tensor.reshape(shape)
 
 
@@ -202,17 +112,17 @@ def _(
     node: Primitive, shape: tuple[int, ...], tensors: Mapping[str, Tensor], like: Tensor
 ) -> Tensor:
     def tensor_of(operand: Operand) -> Tensor:
-        return materialise(operand, tuple(node.size[a] for a in operand.axes), tensors, like)
+        return _operand(operand, tuple([size[a] for a in operand.axes]), tensors, like)
 
-    return PRIMITIVES[type(node)](node, node.size, tensor_of)
+    size = node.size
+    return PRIMITIVES[type(node)](node, size, tensor_of)
 
 
 @materialise.register
 def _(node: Pattern, shape: tuple[int, ...], tensors: Mapping[str, Tensor], like: Tensor) -> Tensor:
-    anonymous = node.renamed({axis: str(i) for i, axis in enumerate(node.axes)})
     small = prod(shape) <= CACHED_ELEMENTS
     build = _cached_pattern if small and _makes_plain_tensors() else pattern_tensor
-    return build(anonymous, like.dtype, like.device)
+    return build(node.anonymous, like.dtype, like.device)
 
 
 def _makes_plain_tensors() -> bool:

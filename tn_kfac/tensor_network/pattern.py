@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from tn_kfac.tensor_network.network import Axes, Node
 
@@ -76,6 +77,11 @@ class Pattern(Node):
     @property
     def axes(self) -> Axes:
         return tuple(leg for leg in self.legs if leg is not None)
+
+    @cached_property
+    def anonymous(self) -> Pattern:
+        """The pattern with numbers as names: equal ones have equal tensors."""
+        return self.renamed({axis: str(i) for i, axis in enumerate(self.axes)})
 
     @property
     def is_full(self) -> bool:

@@ -24,8 +24,8 @@ class Primitive(Node):
     groups: tuple[Axes, ...]
     sizes: tuple[tuple[str, int], ...]
 
-    @property
-    def axes(self) -> Axes:
+    @cached_property
+    def axes(self) -> Axes:  # type: ignore[override]
         return tuple(chain.from_iterable(self.groups))
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from fractions import Fraction
 from itertools import chain
 
 from tn_kfac.tensor_network.lower.primitive import Primitive, sizes_of
@@ -11,11 +12,16 @@ from tn_kfac.tensor_network.network import Network, Operand
 
 @dataclass(frozen=True)
 class SquareSum(Primitive):
-    """Σ x² over the operand's axes that are not in `groups` (one group)."""
+    """scale · Σ x² over the operand's axes that are not in `groups` (one group)."""
+
+    scale: Fraction = Fraction(1)
 
 
 def square_sum(network: Network) -> Network | None:
-    """The same operand twice, with equal axes, is a sum of squares."""
+    """The same operand twice, with equal axes, is a sum of squares.
+
+    If nothing else is left, it takes in the scale, which often makes a mean of it.
+    """
     operands = [n for n in network.nodes if isinstance(n, Operand)]
     for index, node in enumerate(operands):
         if node in operands[index + 1 :] and len(set(node.axes)) == len(node.axes):
@@ -24,7 +30,7 @@ def square_sum(network: Network) -> Network | None:
             rest.remove(node)
             needed = set(chain(network.output_axes, *(n.axes for n in rest)))
             kept = tuple(axis for axis in node.axes if axis in needed)
-            return network.rebuilt(
-                nodes=[*rest, SquareSum((node,), (kept,), sizes_of(network, node))]
-            )
+            scale = (not rest and network.scale) or Fraction(1)
+            square = SquareSum((node,), (kept,), sizes_of(network, node), scale)
+            return network.rebuilt(nodes=[*rest, square], scale=network.scale / scale)
     return None

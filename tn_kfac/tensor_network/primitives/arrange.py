@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from itertools import chain
 from math import prod
 
@@ -14,11 +15,20 @@ Sizes = Mapping[str, int]
 Materialise = Callable[[Operand], Tensor]
 
 
-def arranged(tensor: Tensor, axes: Axes, roles: Sequence[Axes], sizes: Sizes) -> Tensor:
+def arranged(tensor: Tensor, axes: Axes, roles: tuple[Axes, ...]) -> Tensor:
     """A tensor of the given axes with one dimension per role."""
-    order = list(chain.from_iterable(roles))
-    permuted = tensor.permute([axes.index(axis) for axis in order])
-    return permuted.reshape([prod(sizes[a] for a in role) for role in roles])
+    order, shape = _layout(axes, roles, tensor.shape)
+    return tensor.permute(order).reshape(shape)
+
+
+@lru_cache(maxsize=4096)
+def _layout(
+    axes: Axes, roles: tuple[Axes, ...], sizes: tuple[int, ...]
+) -> tuple[list[int], list[int]]:
+    """The order of the dimensions, and the shape afterwards."""
+    size = dict(zip(axes, sizes, strict=True))
+    order = [axes.index(axis) for axis in chain.from_iterable(roles)]
+    return order, [prod(size[axis] for axis in role) for role in roles]
 
 
 def sum_over(tensor: Tensor, dims: Sequence[int]) -> Tensor:

@@ -23,7 +23,7 @@ def autocorrelate(node: Autocorrelation, sizes: Sizes, tensor_of: Materialise) -
     (operand,) = node.operands
     outer, group, row, spatial = node.roles
     roles = (outer, group + row, *((axis,) for axis in spatial))
-    x = arranged(tensor_of(operand), operand.axes, roles, sizes)
+    x = arranged(tensor_of(operand), operand.axes, roles)
     groups = prod(sizes[axis] for axis in group)
     factor = all_windows(x, node.spatial, groups)
     for dim, axis in enumerate(node.spatial):

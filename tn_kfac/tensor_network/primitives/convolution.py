@@ -19,11 +19,10 @@ CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 def convolve(node: ConvolutionCall, sizes: Sizes, tensor_of: Materialise) -> Tensor:
     """The result of a convolution call, with one dimension per axis of the node."""
     first, second = (
-        arranged(tensor_of(operand), operand.axes, roles, sizes)
+        arranged(tensor_of(operand), operand.axes, roles)
         for operand, roles in zip(node.operands, node.roles, strict=True)
     )
-    compute = {"forward": _forward, "input_vjp": _input_vjp, "weight_vjp": _weight_vjp}[node.kind]
-    return compute(node, first, second).reshape([sizes[axis] for axis in node.axes])
+    return KINDS[node.kind](node, first, second).reshape([sizes[axis] for axis in node.axes])
 
 
 def _paddings(spatial: Sequence[SpatialAxis]) -> list[tuple[int, int]]:
@@ -97,7 +96,10 @@ def _backward(
     padding = [0] * len(stride) if padded else [a.padding[0] for a in node.spatial]
     zeros = [0] * len(stride)
     mask = [which == 0, which == 1, False]
-    gradients = torch.ops.aten.convolution_backward(
+    gradients = torch.ops.aten.convolution_backward.default(
         v, x, weight, None, stride, padding, dilation, False, zeros, node.group_size, mask
     )
     return gradients[which]
+
+
+KINDS = {"forward": _forward, "input_vjp": _input_vjp, "weight_vjp": _weight_vjp}

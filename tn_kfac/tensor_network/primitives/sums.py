@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
+from math import prod
+
 import torch
 from torch import Tensor
 
@@ -15,6 +18,8 @@ from tn_kfac.tensor_network.primitives.arrange import (
     sum_over,
 )
 
+SMALL = 1 << 18
+"""Elements that are squared into a copy on a GPU too."""
 SQUARE_CHUNK = 1 << 20
 """Elements that are squared at a time on a CPU, where a norm is slow."""
 
@@ -23,24 +28,41 @@ def sum_windows(node: WindowSum, sizes: Sizes, tensor_of: Materialise) -> Tensor
     """The window sums of an operand, with one dimension per axis of the node."""
     (operand,), (rows, _) = node.operands, node.groups
     singles = tuple((axis,) for axis in node.inputs)
-    x = arranged(tensor_of(operand), operand.axes, (rows, *singles), sizes)
+    x = arranged(tensor_of(operand), operand.axes, (rows, *singles))
     return window_sum(x, node.spatial).reshape([sizes[axis] for axis in node.axes])
 
 
 def sum_squares(node: SquareSum, sizes: Sizes, tensor_of: Materialise) -> Tensor:
-    """Σ x² over the axes that the node does not have, in one pass without a copy of x."""
+    """The scaled Σ x² over the axes that the node does not have.
+
+    On a GPU a large x is not copied; the mean of a small one takes fewer launches than a norm.
+    """
     (operand,), x = node.operands, tensor_of(node.operands[0])
     dims = [dim for dim, axis in enumerate(operand.axes) if axis not in node.axes]
+    scale = float(node.scale)
     if not dims:
-        return x * x
+        return _scaled(x * x, scale)
+    if _is_mean(x, dims, node.scale):
+        return _squared(x).mean(dims).to(x.dtype)
     if x.is_cuda and not x.is_complex():
         exact = torch.promote_types(x.dtype, torch.float32)
-        return _by_norm(x, dims, exact).to(x.dtype)
+        return _scaled(_by_norm(x, dims, exact), scale).to(x.dtype)
     parts = x.split(max(1, len(x) * SQUARE_CHUNK // x.numel())) if _is_large(x, dims) else (x,)
     total = sum_over(_squared(parts[0]), dims)
     for part in parts[1:]:
         total = total + sum_over(_squared(part), dims)
-    return total.to(x.dtype)
+    return _scaled(total, scale).to(x.dtype)
+
+
+def _scaled(total: Tensor, scale: float) -> Tensor:
+    return total if scale == 1.0 else total * scale
+
+
+def _is_mean(x: Tensor, dims: list[int], scale: Fraction) -> bool:
+    """Whether a scaled sum is a mean over neighbouring dimensions of a small tensor."""
+    together = dims[-1] - dims[0] < len(dims)
+    count = prod([x.shape[dim] for dim in dims])
+    return together and x.numel() <= SMALL and scale.as_integer_ratio() == (1, count)
 
 
 def _is_large(x: Tensor, dims: list[int]) -> bool:
