@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 from typing import Literal, NamedTuple
 
@@ -86,12 +87,12 @@ class Recipe:
     every: int = 1
     moments: bool = False
 
-    @property
+    @cached_property
     def input_structure(self) -> Structure:
         """The structure of A: what the user chose, unless the layer's is diagonal anyway."""
         return self._chosen(self.structures[0], self.dim_in, self.layer.diagonal_input)
 
-    @property
+    @cached_property
     def output_structure(self) -> Structure:
         """The structure of G."""
         return self._chosen(self.structures[1], self.dim_out, False)
@@ -100,12 +101,12 @@ class Recipe:
         space = Diagonal() if diagonal else spec.for_dim(dim)
         return Dense() if space.reads == "rows" and not self.layer.structured else space
 
-    @property
+    @cached_property
     def dim_in(self) -> int:
         """Dimension of A."""
         return self.layer.dims(self.has_weight, self.has_bias)[0]
 
-    @property
+    @cached_property
     def dim_out(self) -> int:
         """Dimension of G."""
         return self.layer.dims(self.has_weight, self.has_bias)[1]
@@ -118,7 +119,7 @@ class Recipe:
         shapes = ((groups, *input_shape), (groups, *output_shape), (2,))
         return (*shapes, (groups, self.dim_out, self.dim_in)) if self.moments else shapes
 
-    @property
+    @cached_property
     def packed(self) -> bool:
         """Whether the statistics are one vector: where all of them are small."""
         spaces = (self.input_structure, self.output_structure)

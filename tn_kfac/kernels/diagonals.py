@@ -12,8 +12,8 @@ with the number of rows after it if there is a bias; G; the number of rows; that
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field
 from functools import lru_cache
 from math import prod
 from typing import Any, NamedTuple
@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from tn_kfac.kernels.window_sum import KERNEL_DTYPES, Windows, window_sum_reference
+from tn_kfac.kernels.window_sum import Windows, window_sum_reference
 
 try:
     from tn_kfac.kernels import diagonals_triton
@@ -30,8 +30,12 @@ except ImportError:  # no Triton on this machine
 
 COUNTERS = 8192
 """How many tiles of channels a launch may have."""
-PROGRAMS, TILE, WIDEST, MAX_OFFSETS, MAX_STRIDE = 1024, 4096, 512, 64, 4
-"""Programs that a tensor is shared out to; entries of a tile; limits of lines and windows."""
+PROGRAMS, TILE, LINE, WIDEST, MAX_KERNEL = 512, 8192, 128, 512, 16
+"""Programs that a tensor is shared out to, entries of a tile of partial sums, pixels of a piece;
+the most pixels of a line, and offsets of an axis."""
+PARTS = {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}
+"""How many bfloat16 numbers have an entry as their sum; its square needs twice as many, or three
+for what float32 holds of it."""
 
 
 class Request(NamedTuple):
@@ -84,18 +88,16 @@ def diagonals(x: Tensor, v: Tensor, request: Request, counters: Tensor) -> Tenso
         request: What is wanted.
         counters: `COUNTERS` zeros (int32), for this call alone until it is done; left as zeros.
     """
-    if diagonals_triton is None or x.dtype not in KERNEL_DTYPES or v.dtype not in KERNEL_DTYPES:
+    if diagonals_triton is None or x.dtype not in PARTS or v.dtype not in PARTS:
         return None
     tensors = (x.shape, x.stride(), v.shape, v.stride())
-    made = _launch(*tensors, request.axes, request.groups, request.reduce, request.bias)
+    made = _launch(*tensors, request.axes, request.groups, request.reduce, request.bias,
+                   (PARTS[x.dtype], PARTS[v.dtype]))  # fmt: skip
     if made is None:
         return None
     out = torch.empty(made.size, dtype=torch.float32, device=x.device)
     partial = torch.empty(made.partial, dtype=torch.float32, device=x.device)
-    numbers = (made.rows, float(request.terms), float(request.scale), *made.numbers)
-    diagonals_triton.kernel[(made.programs,)](
-        x, v, out, partial, counters, *numbers, **made.constants
-    )
+    made.run(x, v, out, partial, counters, made.rows, float(request.terms), float(request.scale))
     return out
 
 
@@ -109,6 +111,20 @@ class Launch:
     rows: float
     numbers: tuple[float, ...]
     constants: dict[str, Any]
+    compiled: dict[Hashable, Any] = field(default_factory=dict)
+
+    def run(self, x: Tensor, v: Tensor, *others: Tensor | float) -> None:
+        """Launch it; what Triton compiled is kept, so that it need not look for it every time."""
+        known = (x.dtype, v.dtype, x.data_ptr() % 16, v.data_ptr() % 16, x.device)
+        compiled = self.compiled.get(known)
+        if compiled is not None:
+            compiled[(self.programs, 1, 1)](x, v, *others, *self.numbers, *self.constants.values())
+            return
+        found = diagonals_triton.kernel[(self.programs,)](
+            x, v, *others, *self.numbers, **self.constants
+        )
+        if found is not None:  # the interpreter compiles nothing
+            self.compiled[known] = found
 
 
 class _Axis(NamedTuple):
@@ -126,131 +142,124 @@ class _Side(NamedTuple):
     """How a tensor is cut: into tiles of channels, and their samples into shares.
 
     Attributes:
-        samples: Parts along the first axis, `distance` entries apart.
-        pixels: Pixels of each (of a line, where lines matter), `step` entries apart.
-        every: Pixels of all.
-        tile: Lines, pixels and channels that are read at once.
+        samples: Parts along the first axis, of `height` lines of `width` pixels each.
+        lines: How many of them are read.
+        limit: Pixels there are, of which `passed` are in each sample before.
+        steps: Distances of samples, channels, lines and pixels in memory.
+        block: Channels of a tile.
         reduce: Whether sums of pixels are squared, or pixels.
     """
 
     samples: int
-    pixels: int
-    every: int
-    distance: int
-    step: int
-    tile: tuple[int, int, int]
-    tiles: int
-    splits: int
-    share: int
+    lines: int
+    height: int
+    width: int
+    limit: int
+    passed: int
+    steps: tuple[int, int, int, int]
+    block: int
     reduce: bool
+
+    def shares(self, channels: int) -> tuple[int, int, int]:
+        """Tiles, shares of each, and samples of a share."""
+        tiles = -(-channels // self.block)
+        share = -(-self.samples // min(self.samples, max(1, PROGRAMS // tiles)))
+        return tiles, -(-self.samples // share), share
 
 
 @lru_cache(maxsize=4096)
 def _launch(
     x: Sequence[int], x_strides: Sequence[int], v: Sequence[int], v_strides: Sequence[int],
-    axes: tuple[Windows, ...], groups: int, reduce: bool, bias: bool,
+    axes: tuple[Windows, ...], groups: int, reduce: bool, bias: bool, wide: tuple[int, int],
 ) -> Launch | None:  # fmt: skip
-    """The launch for such tensors, None if the kernel does not handle them."""
+    """The launch for such tensors, None if the kernel does not handle them.
+
+    `wide`: how many bfloat16 parts an entry of x, and of v, is cut into.
+    """
     if min(prod(x), prod(v)) == 0 or max(_extent(x, x_strides), _extent(v, v_strides)) >= 2**31:
         return None
     known = [_Axis(a.input_size, a.kernel_size, a.stride, a.padding[0], a.dilation,
                    a.output_size - 1) for a in axes]  # fmt: skip
     plain = all(a.kernel == a.stride == 1 and a.last == a.size - 1 for a in known)
-    axis = (_Axis(), _Axis()) if plain else (*[_Axis()] * (2 - len(known)), *known)
-    given = _plain(x, x_strides, reduce) if plain else _windowed(x, x_strides, axis, reduce)
+    given = _plain(x, x_strides, reduce) if plain else _windowed(x, x_strides, known, reduce)
     grad = _plain(v, v_strides, reduce)
-    if given is None or grad is None or given.tiles + grad.tiles > COUNTERS:
+    if given is None or grad is None:
         return None
-    channels, offsets, positions = x[1], axis[0].kernel * axis[1].kernel, prod(v[2:])
-    line = x_strides[-2] if len(known) > 1 else 0
+    first, second = (_Axis(), _Axis()) if plain else [_Axis(), *known][-2:]
+    last = (given.lines - 1, given.width - 1) if plain else (first.last, second.last)
+    channels, outputs = x[1], v[1]
+    x_shares, v_shares = given.shares(channels), grad.shares(outputs)
+    if x_shares[0] + v_shares[0] > COUNTERS:
+        return None
+    offsets, positions = first.kernel * second.kernel, prod(v[2:])
     numbers = (
-        1.0 / positions, channels, channels // groups, axis[0].size, axis[0].last, axis[1].last,
-        line, *_numbers(given, x_strides), v[1], *_numbers(grad, v_strides),
+        1.0 / positions, channels, channels // groups, *last, *given[:6], *given.steps, *x_shares,
+        outputs, *grad[:6], *grad.steps, *v_shares,
     )  # fmt: skip
     return Launch(
-        programs=given.tiles * given.splits + grad.tiles * grad.splits,
-        size=channels * offsets + groups * bias + v[1] + 2,
-        partial=channels * offsets * given.splits + v[1] * grad.splits,
+        programs=prod(x_shares[:2]) + prod(v_shares[:2]),
+        size=channels * offsets + groups * bias + outputs + 2,
+        partial=channels * offsets * x_shares[1] + outputs * v_shares[1],
         rows=float(v[0] if reduce else v[0] * positions),
         numbers=numbers,
-        constants=_constants(given, grad, axis, plain, groups, bias),
+        constants=_constants(given, grad, first, second, groups, bias, wide),
     )
 
 
-def _numbers(side: _Side, strides: Sequence[int]) -> tuple[int, ...]:
-    return (side.samples, side.pixels, side.every, side.distance, strides[1], side.step,
-            side.tiles, side.splits, side.share)  # fmt: skip
-
-
 def _constants(
-    given: _Side, grad: _Side, axis: Sequence[_Axis], plain: bool, groups: int, bias: bool
-) -> dict[str, Any]:
+    given: _Side, grad: _Side, first: _Axis, second: _Axis, groups: int, bias: bool,
+    wide: tuple[int, int],
+) -> dict[str, Any]:  # fmt: skip
     """What the kernel is compiled for."""
-    first, second = axis
-    classes = {(k * first.dilation - first.padding) % first.stride for k in range(first.kernel)}
-    kernels = _power(first.kernel * second.kernel)
+    block = min(1024, _power(given.block * first.kernel * second.kernel))
     windows = {
         f"{name}_{number}": value
-        for number, each in ((1, first), (2, second))
-        for name, value in zip("KSPD", each[1:5], strict=True)
+        for number, axis in ((1, first), (2, second))
+        for name, value in zip("KSPD", axis[1:5], strict=True)
     }
-    return windows | {
-        "CLASSES": 0 if plain else sum(1 << c for c in classes),
-        "KERNELS": kernels, "BIAS": int(bias), "GROUPS": _power(groups),
-        "REDUCE_X": given.reduce, "REDUCE_V": grad.reduce,
-        "X_H": given.tile[0], "X_W": given.tile[1], "X_C": given.tile[2],
-        "V_P": grad.tile[1], "V_C": grad.tile[2],
-        "X_ONCE": max(1, TILE // (kernels * given.tile[2])),
-        "V_ONCE": max(1, TILE // grad.tile[2]),
-        "num_warps": 8 if max(prod(given.tile), prod(grad.tile)) > TILE else 4,
+    known = windows | {
+        "BIAS": int(bias), "GROUPS": _power(groups), "K": _power(first.kernel),
+        "REDUCE": given.reduce, "PARTS": wide[0] if given.reduce else min(3, 2 * wide[0]),
+        "V_REDUCE": grad.reduce, "V_PARTS": wide[1] if grad.reduce else min(3, 2 * wide[1]),
+        "WIDTH": max(16, _power(given.width)), "CHANNELS": given.block,
+        "V_WIDTH": max(16, _power(grad.width)), "V_CHANNELS": grad.block,
+        "DOT": diagonals_triton.PART, "BLOCK": block, "AT_ONCE": TILE // block, "V_AT_ONCE": TILE // grad.block,
     }  # fmt: skip
+    return {name: known[name] for name in diagonals_triton.kernel.arg_names if name in known}
 
 
 def _plain(shape: Sequence[int], strides: Sequence[int], reduce: bool) -> _Side | None:
     """A tensor whose rows are its pixels; None where these are not at equal distances."""
     samples, channels, pixels = *shape[:2], prod(shape[2:])
     step = _step(shape[2:], strides[2:])
-    if step is None:
+    if step is None or samples * pixels >= 2**31:
         return None
-    distance, every = strides[0], samples * pixels
-    block = min(_power(channels), 64 if strides[1] == 1 else max(16, TILE // _power(pixels)))
-    tiles = -(-channels // block)
+    block = min(64, max(16, _power(channels)))
+    limit, passed, distance = pixels, 0, strides[0]
     if pixels == 1 or (not reduce and distance == pixels * step):  # one row: it is cut anew
-        step = distance if pixels == 1 else step
-        reduce = False
-        pixels = -(-every * tiles // PROGRAMS)
-        pixels = min(every, max(pixels, min(_power(every), TILE // block)))
-        samples, distance = -(-every // pixels), pixels * step
-    tile = (1, min(_power(pixels), TILE // block), block)
-    splits, share = _shares(samples, tiles)
-    return _Side(samples, pixels, every, distance, step, tile, tiles, splits, share, reduce)
+        step, reduce, limit = distance if pixels == 1 else step, False, samples * pixels
+        part = -(-limit * -(-channels // block) // PROGRAMS)
+        passed = pixels = min(limit, -(-part // LINE) * LINE)
+        samples, distance = -(-limit // pixels), pixels * step
+    width = min(pixels, LINE)
+    steps = (distance, strides[1], width * step, step)
+    lines = -(-pixels // width)
+    return _Side(samples, lines, lines, width, limit, passed, steps, block, reduce)
 
 
 def _windowed(
-    shape: Sequence[int], strides: Sequence[int], axis: Sequence[_Axis], reduce: bool
+    shape: Sequence[int], strides: Sequence[int], axes: Sequence[_Axis], reduce: bool
 ) -> _Side | None:
-    """A tensor whose rows are windows; None if there are too many offsets or classes of lines."""
-    first, second = axis
-    width = _power(second.size)
-    if len(shape) > 4 or width > WIDEST or first.kernel * second.kernel > MAX_OFFSETS:
+    """A tensor whose rows are windows; None if there are too many axes, offsets or pixels."""
+    first, second = [_Axis(), *axes][-2:]
+    if len(axes) > 2 or second.size > WIDEST or max(first.kernel, second.kernel) > MAX_KERNEL:
         return None
-    if max(first.stride, second.stride) > MAX_STRIDE:
-        return None
-    entries = TILE if width <= 64 else 2 * TILE
-    block = min(_power(shape[1]), max(4, entries // width), 64)
-    lines = min(entries // (width * block), _power(-(-first.size // first.stride)), 16)
-    tiles = -(-shape[1] // block)
-    splits, share = _shares(shape[0], tiles)
-    return _Side(
-        shape[0], second.size, 0, strides[0], strides[-1], (max(1, lines), width, block), tiles,
-        splits, share, reduce,
-    )  # fmt: skip
-
-
-def _shares(samples: int, tiles: int) -> tuple[int, int]:
-    """Into how many shares samples are cut, and how large each is."""
-    share = -(-samples // min(samples, max(1, PROGRAMS // tiles)))
-    return -(-samples // share), share
+    few = max(16, min(64, 256 // _power(first.kernel), 16384 // _power(second.size)))
+    block = min(few, max(16, _power(shape[1])))
+    lines = first.last + 1 if first.kernel == 1 else first.size  # others meet no window
+    steps = (strides[0], strides[1], strides[-2] if len(axes) > 1 else 0, strides[-1])
+    limit = lines * second.size
+    return _Side(shape[0], lines, first.size, second.size, limit, 0, steps, block, reduce)
 
 
 def _step(shape: Sequence[int], strides: Sequence[int]) -> int | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ class Binding:
     bias: Parameter | None
     dtypes: tuple[torch.dtype, torch.dtype]
 
-    @property
+    @cached_property
     def parameters(self) -> tuple[Parameter, ...]:
         """The trained parameters; the first one owns the layer's state."""
         return tuple(p for p in (self.weight, self.bias) if p is not None)

@@ -35,7 +35,7 @@ class Fused:
 
     def __init__(self) -> None:
         self._tables = Tables()
-        self._weights: dict[tuple[int, ...], Weight | None] = {}
+        self._weights: dict[tuple[Any, ...], Weight | None] = {}
 
     def takes_factors(self, binding: Binding, state: State) -> bool:
         """Whether a layer's factors can be updated here."""
@@ -74,25 +74,38 @@ class Fused:
         for found in tensors.values():
             update_factors(self._tables, found, rule, scale if empirical else None)
 
-    def takes_steps(self, binding: Binding, state: State, group: Group) -> bool:
-        """Whether a layer's parameters can be stepped here."""
-        plain = group["precondition"] == "gradient" and not isinstance(group["lr"], Tensor)
-        lengths = (group["graft"], group["update_rms"], group["kl_clip"])
-        if not plain or any(length is not None for length in lengths):
-            return False
-        return self.takes_factors(binding, state) and all(
-            weight is not None for weight in self._layer_weights(binding, state).values()
-        )
+    def weights(
+        self, binding: Binding, state: State, groups: Sequence[Group]
+    ) -> dict[Tensor, Weight] | None:
+        """How a layer's parameters with gradients lie in memory; None: do not step them here."""
+        for group in groups:
+            lengths = (group["graft"], group["update_rms"], group["kl_clip"])
+            if group["precondition"] != "gradient" or lengths != (None, None, None):
+                return None
+            if isinstance(group["lr"], Tensor):
+                return None
+        if not self.takes_factors(binding, state):
+            return None
+        K, C, found = state["K"], state["C"], {}
+        for p in binding.parameters:
+            gradient = p.grad
+            if gradient is not None:
+                key = (id(p), K.data_ptr(), C.data_ptr(), p.dtype, p.stride())
+                if key not in self._weights:
+                    self._weights[key] = _weight(binding, p, K, C)
+                weight = self._weights[key]
+                alike = gradient.dtype == p.dtype and gradient.stride() == p.stride()
+                if weight is None or not alike or gradient.is_sparse:
+                    return None
+                found[p] = weight
+        return found
 
-    def step(self, layers: Sequence[tuple[Binding, State]], group: Group, states: Any) -> None:
-        """Step the parameters of layers that are in this group."""
-        members = set(group["params"])
+    def step(self, members: Sequence[tuple[Tensor, Weight]], group: Group, states: Any) -> None:
+        """Step parameters of one group."""
         kinds: dict[tuple[torch.dtype, torch.device], list[tuple[Tensor, Weight]]]
         kinds = defaultdict(list)
-        for binding, state in layers:
-            for p, weight in self._layer_weights(binding, state).items():
-                if p in members and weight is not None:
-                    kinds[p.dtype, p.device].append((p, weight))
+        for p, weight in members:
+            kinds[p.dtype, p.device].append((p, weight))
         decoupled, decay = group["decoupled_weight_decay"], group["weight_decay"]
         rule = SgdRule(
             lr=group["lr"],
@@ -106,19 +119,6 @@ class Fused:
             parameters, weights = zip(*found, strict=True)
             buffers = [_buffer(p, states[p]) if rule.momentum else None for p in parameters]
             step_parameters(self._tables, parameters, buffers, weights, rule)
-
-    def _layer_weights(self, binding: Binding, state: State) -> dict[Tensor, Weight | None]:
-        """The layout of each parameter with a gradient; None: one that is not known here."""
-        K, C = state["K"], state["C"]
-        found = {}
-        for p in binding.parameters:
-            if p.grad is not None:
-                key = (id(p), K.data_ptr(), C.data_ptr(), *p.stride(), 0, *p.grad.stride())
-                if key not in self._weights:
-                    self._weights[key] = _weight(binding, p, K, C)
-                same = p.dtype == p.grad.dtype and not p.grad.is_sparse
-                found[p] = self._weights[key] if same else None
-        return found
 
 
 def _buffer(parameter: Tensor, state: State) -> Tensor:
@@ -135,8 +135,9 @@ def _weight(binding: Binding, p: Tensor, K: Tensor, C: Tensor) -> Weight | None:
     layer, recipe = binding.site.layer, binding.tap.recipe
     groups, outs, ins = layer.groups, layer.features_out, layer.features_in
     size = K.element_size()
-    strided = type(p) is not torch.nn.Parameter or p.grad is None or p.stride() != p.grad.stride()
-    if strided or p.dtype not in KINDS or not (K.is_contiguous() and C.is_contiguous()):
+    if type(p) is not torch.nn.Parameter or p.dtype not in KINDS:
+        return None
+    if not (K.is_contiguous() and C.is_contiguous()):
         return None
     if p is binding.bias:
         last = K.data_ptr() + (K.shape[1] - 1) * size

@@ -21,7 +21,7 @@ from tn_kfac.optim.factor_update import (
     riemannian_gradient,
     update_factor,
 )
-from tn_kfac.optim.fused import Fused
+from tn_kfac.optim.fused import Fused, Weight
 from tn_kfac.optim.groups import Group
 from tn_kfac.structures import Spec
 
@@ -284,21 +284,24 @@ class SINGD(KroneckerOptimizer):
     def _step_layers(
         self, active: Sequence[tuple[Binding, Group]], counted: Sequence[bool]
     ) -> None:
-        rest, waits, fused = [], [], []
+        rest, waits = [], []
+        fused: dict[int, list[tuple[Tensor, Weight]]] = defaultdict(list)
         for (binding, group), counts in zip(active, counted, strict=True):
             state = self.state[binding.parameters[0]]
+            groups = [self._where[p] for p in binding.parameters]
             ready = state["step"] >= group["warmup"]
-            groups = (self._where[p] for p in binding.parameters)
-            if ready and all(self._fused.takes_steps(binding, state, g) for g in groups):
-                fused.append((binding, state))
-                self._count_step(binding, group, counts)
-            else:
+            weights = self._fused.weights(binding, state, groups) if ready else None
+            if weights is None:
                 rest.append((binding, group))
                 waits.append(counts)
+                continue
+            for p, weight in weights.items():
+                fused[id(self._where[p])].append((p, weight))
+            self._count_step(binding, group, counts)
         super()._step_layers(rest, waits)
-        for group in self.param_groups if fused else ():
-            if group["rule"] == self.rule:
-                self._fused.step(fused, group, self.state)
+        for group in self.param_groups:
+            if id(group) in fused:
+                self._fused.step(fused[id(group)], group, self.state)
 
     def _precondition(
         self, state: dict[str, Any], matrix: Tensor, recipe: Recipe, group: Group
