@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from math import prod
 from typing import Any, NamedTuple
 
@@ -96,8 +96,8 @@ def diagonals(x: Tensor, v: Tensor, request: Request, counters: Tensor) -> Tenso
     if made is None:
         return None
     out = torch.empty(made.size, dtype=torch.float32, device=x.device)
-    partial = torch.empty(made.partial, dtype=torch.float32, device=x.device)
-    made.run(x, v, out, partial, counters, made.rows, float(request.terms), float(request.scale))
+    parts = torch.empty(made.parts, dtype=torch.float32, device=x.device)
+    made.run(x, v, out, parts, counters, made.rows, float(request.terms), float(request.scale))
     return out
 
 
@@ -107,7 +107,7 @@ class Launch:
 
     programs: int
     size: int
-    partial: int
+    parts: int
     rows: float
     numbers: tuple[float, ...]
     constants: dict[str, Any]
@@ -147,6 +147,7 @@ class _Side(NamedTuple):
         limit: Pixels there are, of which `passed` are in each sample before.
         steps: Distances of samples, channels, lines and pixels in memory.
         block: Channels of a tile.
+        at_once: Lines that are read at once.
         reduce: Whether sums of pixels are squared, or pixels.
     """
 
@@ -158,6 +159,7 @@ class _Side(NamedTuple):
     passed: int
     steps: tuple[int, int, int, int]
     block: int
+    at_once: int
     reduce: bool
 
     def shares(self, channels: int) -> tuple[int, int, int]:
@@ -181,8 +183,10 @@ def _launch(
     known = [_Axis(a.input_size, a.kernel_size, a.stride, a.padding[0], a.dilation,
                    a.output_size - 1) for a in axes]  # fmt: skip
     plain = all(a.kernel == a.stride == 1 and a.last == a.size - 1 for a in known)
-    given = _plain(x, x_strides, reduce) if plain else _windowed(x, x_strides, known, reduce)
-    grad = _plain(v, v_strides, reduce)
+    entries = [TILE // 2 if parts == 3 else TILE for parts in wide]
+    cut = _plain if plain else partial(_windowed, axes=known)
+    given = cut(x, x_strides, reduce, entries[0])
+    grad = _plain(v, v_strides, reduce, entries[1])
     if given is None or grad is None:
         return None
     first, second = (_Axis(), _Axis()) if plain else [_Axis(), *known][-2:]
@@ -199,7 +203,7 @@ def _launch(
     return Launch(
         programs=prod(x_shares[:2]) + prod(v_shares[:2]),
         size=channels * offsets + groups * bias + outputs + 2,
-        partial=channels * offsets * x_shares[1] + outputs * v_shares[1],
+        parts=channels * offsets * x_shares[1] + outputs * v_shares[1],
         rows=float(v[0] if reduce else v[0] * positions),
         numbers=numbers,
         constants=_constants(given, grad, first, second, groups, bias, wide),
@@ -221,20 +225,22 @@ def _constants(
         "BIAS": int(bias), "GROUPS": _power(groups), "K": _power(first.kernel),
         "REDUCE": given.reduce, "PARTS": wide[0] if given.reduce else min(3, 2 * wide[0]),
         "V_REDUCE": grad.reduce, "V_PARTS": wide[1] if grad.reduce else min(3, 2 * wide[1]),
-        "WIDTH": max(16, _power(given.width)), "CHANNELS": given.block,
-        "V_WIDTH": max(16, _power(grad.width)), "V_CHANNELS": grad.block,
+        "WIDTH": max(16, _power(given.width)), "LINES": given.at_once, "CHANNELS": given.block,
+        "V_WIDTH": max(16, _power(grad.width)), "V_LINES": grad.at_once, "V_CHANNELS": grad.block,
         "DOT": diagonals_triton.PART, "BLOCK": block, "AT_ONCE": TILE // block, "V_AT_ONCE": TILE // grad.block,
     }  # fmt: skip
     return {name: known[name] for name in diagonals_triton.kernel.arg_names if name in known}
 
 
-def _plain(shape: Sequence[int], strides: Sequence[int], reduce: bool) -> _Side | None:
+def _plain(
+    shape: Sequence[int], strides: Sequence[int], reduce: bool, entries: int
+) -> _Side | None:
     """A tensor whose rows are its pixels; None where these are not at equal distances."""
     samples, channels, pixels = *shape[:2], prod(shape[2:])
     step = _step(shape[2:], strides[2:])
     if step is None or samples * pixels >= 2**31:
         return None
-    block = min(64, max(16, _power(channels)))
+    block, at_once = _tile(entries // LINE, channels)
     limit, passed, distance = pixels, 0, strides[0]
     if pixels == 1 or (not reduce and distance == pixels * step):  # one row: it is cut anew
         step, reduce, limit = distance if pixels == 1 else step, False, samples * pixels
@@ -244,22 +250,29 @@ def _plain(shape: Sequence[int], strides: Sequence[int], reduce: bool) -> _Side 
     width = min(pixels, LINE)
     steps = (distance, strides[1], width * step, step)
     lines = -(-pixels // width)
-    return _Side(samples, lines, lines, width, limit, passed, steps, block, reduce)
+    return _Side(samples, lines, lines, width, limit, passed, steps, block, at_once, reduce)
 
 
 def _windowed(
-    shape: Sequence[int], strides: Sequence[int], axes: Sequence[_Axis], reduce: bool
+    shape: Sequence[int], strides: Sequence[int], reduce: bool, entries: int,
+    axes: Sequence[_Axis],
 ) -> _Side | None:
     """A tensor whose rows are windows; None if there are too many axes, offsets or pixels."""
     first, second = [_Axis(), *axes][-2:]
     if len(axes) > 2 or second.size > WIDEST or max(first.kernel, second.kernel) > MAX_KERNEL:
         return None
-    few = max(16, min(64, 256 // _power(first.kernel), 16384 // _power(second.size)))
-    block = min(few, max(16, _power(shape[1])))
+    block, at_once = _tile(min(entries // _power(second.size), 256 // _power(first.kernel)), shape[1])
     lines = first.last + 1 if first.kernel == 1 else first.size  # others meet no window
     steps = (strides[0], strides[1], strides[-2] if len(axes) > 1 else 0, strides[-1])
     limit = lines * second.size
-    return _Side(shape[0], lines, first.size, second.size, limit, 0, steps, block, reduce)
+    return _Side(shape[0], lines, first.size, second.size, limit, 0, steps, block, at_once, reduce)
+
+
+def _tile(most: int, channels: int) -> tuple[int, int]:
+    """How many channels, and how many lines of them, are read at once: 16 to 64 in all."""
+    columns = max(16, min(64, most))
+    block = min(columns, _power(channels))
+    return block, columns // block
 
 
 def _step(shape: Sequence[int], strides: Sequence[int]) -> int | None:

@@ -25,18 +25,22 @@ def _met(pixel, offset, STRIDE: tl.constexpr, PADDING: tl.constexpr, DILATION: t
 
 @triton.jit
 def _sums(
-    x, begin, end, c, channels, lines, height, width, limit, passed, last_1, last_2, x_n, x_c, x_h, x_w, scale,
+    x, begin, end, first, channels, lines, height, width, limit, passed, last_1, last_2, x_n, x_c, x_h, x_w, scale,
     K_1: tl.constexpr, S_1: tl.constexpr, P_1: tl.constexpr, D_1: tl.constexpr,
     K_2: tl.constexpr, S_2: tl.constexpr, P_2: tl.constexpr, D_2: tl.constexpr,
     REDUCE: tl.constexpr, PARTS: tl.constexpr, DOT: tl.constexpr,
-    K: tl.constexpr, WIDTH: tl.constexpr, BLOCK_C: tl.constexpr,
+    K: tl.constexpr, WIDTH: tl.constexpr, LINES: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Σ_n (scale · Σ_o x[o·S + k·D − P])², or Σ_n Σ_o x[…]², for k: (K, 16, BLOCK_C).
+
+    Channels from `first` on. LINES are read at once, so few channels still fill a product.
 
     A sample has `height` lines of `width` pixels, of which `lines` are read. Where lines do not matter they are pieces of one, and
     pixels from `limit` on are none; `passed` of them are in each sample before.
     """
-    k_1 = tl.arange(0, K)
+    column = tl.arange(0, LINES * BLOCK_C)
+    c = first + column % BLOCK_C
+    k_1 = tl.arange(0, K)[:, None]
     k_2 = tl.arange(0, 16)[:, None]
     w = tl.arange(0, WIDTH)
     met_2 = _met(w[None, :], k_2, S_2, P_2, D_2, last_2) & (k_2 < K_2) & (w < width)[None, :]
@@ -46,13 +50,15 @@ def _sums(
     total = tl.zeros((K, 16, BLOCK_C), tl.float32)
     base = x + begin.to(tl.int64) * x_n
     for n in range(begin, end):
-        sums = tl.zeros((K, 16, BLOCK_C), tl.float32)
-        for line in range(0, lines):
+        sums = tl.zeros((K, 16, LINES * BLOCK_C), tl.float32)
+        for low in range(0, lines, LINES):
+            line = low + column // BLOCK_C
             h = line * S_1 - P_1 if K_1 == 1 else line
             left = limit - n * passed - line * width
-            inside = (wanted & (w < left) & (h >= 0) & (h < height))[:, None] & (c < channels)[None, :]
-            value = tl.load(base + h * x_h + place, mask=inside, other=0.0)
-            columns = tl.zeros((16, BLOCK_C), tl.float32)
+            there = (c < channels) & (h >= 0) & (h < height)
+            inside = there[None, :] & wanted[:, None] & (w[:, None] < left[None, :])
+            value = tl.load(base + (h * x_h)[None, :] + place, mask=inside, other=0.0)
+            columns = tl.zeros((16, LINES * BLOCK_C), tl.float32)
             if PARTS == 1:
                 columns = tl.dot(pattern, value.to(DOT), columns)
             else:
@@ -62,8 +68,10 @@ def _sums(
                     rounded = value.to(tl.bfloat16)
                     columns = tl.dot(pattern, rounded.to(DOT), columns)
                     value -= rounded.to(tl.float32)
-            met_1 = _met(h, k_1, S_1, P_1, D_1, last_1)
-            sums += tl.where(met_1[:, None, None], columns[None], 0.0)
+            met_1 = _met(h[None, :], k_1, S_1, P_1, D_1, last_1)
+            sums += tl.where(met_1[:, None, :], columns[None], 0.0)
+        if LINES > 1:
+            sums = tl.sum(tl.reshape(sums, (K, 16, LINES, BLOCK_C)), axis=2)
         total += scale * sums * (scale * sums) if REDUCE else sums
         base += x_n
     return total
@@ -111,7 +119,7 @@ def kernel(
     BIAS: tl.constexpr, REDUCE: tl.constexpr, PARTS: tl.constexpr,
     V_REDUCE: tl.constexpr, V_PARTS: tl.constexpr, K: tl.constexpr,
     WIDTH: tl.constexpr, CHANNELS: tl.constexpr, BLOCK: tl.constexpr, AT_ONCE: tl.constexpr,
-    V_WIDTH: tl.constexpr, V_CHANNELS: tl.constexpr, V_AT_ONCE: tl.constexpr,
+    LINES: tl.constexpr, V_LINES: tl.constexpr, V_WIDTH: tl.constexpr, V_CHANNELS: tl.constexpr, V_AT_ONCE: tl.constexpr,
     GROUPS: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     """Programs of the input's tiles, then those of the output gradient's; see `diagonals`."""
@@ -123,9 +131,9 @@ def kernel(
         tile, split = program % tiles, program // tiles
         begin = split * share
         sums = _sums(
-            x, begin, tl.minimum(begin + share, samples), tile * CHANNELS + tl.arange(0, CHANNELS),
-            channels, lines, height, width, limit, passed, last_1, last_2, x_n, x_c, x_h, x_w, scale,
-            K_1, S_1, P_1, D_1, K_2, S_2, P_2, D_2, REDUCE, PARTS, DOT, K, WIDTH, CHANNELS,
+            x, begin, tl.minimum(begin + share, samples), tile * CHANNELS, channels, lines, height, width, limit, passed, last_1, last_2, x_n, x_c, x_h, x_w, scale,
+            K_1, S_1, P_1, D_1, K_2, S_2, P_2, D_2, REDUCE, PARTS, DOT, K, WIDTH, LINES,
+            CHANNELS,
         )  # fmt: skip
         _finish(sums, out, partial, counters + tile, split, splits, size, tile * CHANNELS,
                 channels, group, BIAS, 1.0, K_1, K_2, K, CHANNELS, BLOCK, AT_ONCE)  # fmt: skip
@@ -141,10 +149,9 @@ def kernel(
         v_tile, v_split = rank % v_tiles, rank // v_tiles
         v_begin = v_split * v_share
         v_sums = _sums(
-            v, v_begin, tl.minimum(v_begin + v_share, v_samples),
-            v_tile * V_CHANNELS + tl.arange(0, V_CHANNELS), outputs, v_lines, v_height, v_width, v_limit,
+            v, v_begin, tl.minimum(v_begin + v_share, v_samples), v_tile * V_CHANNELS, outputs, v_lines, v_height, v_width, v_limit,
             v_passed, v_lines - 1, v_width - 1, v_n, v_c, v_h, v_w, 1.0,
-            1, 1, 0, 1, 1, 1, 0, 1, V_REDUCE, V_PARTS, DOT, 1, V_WIDTH, V_CHANNELS,
+            1, 1, 0, 1, 1, 1, 0, 1, V_REDUCE, V_PARTS, DOT, 1, V_WIDTH, V_LINES, V_CHANNELS,
         )  # fmt: skip
         _finish(v_sums, G, partial + splits * size, counters + tiles + v_tile, v_split, v_splits,
                 outputs, v_tile * V_CHANNELS, outputs, outputs, 0, factor, 1, 1, 1, V_CHANNELS,
