@@ -78,7 +78,7 @@ def _accumulate(tap: LayerTap, before: list[Tensor | None], terms: Tensor | floa
             G, moments = G * ratio, [m * ratio for m in moments]
         for samples in [] if earlier else tap.met:
             samples.measured_in, samples.terms = tap.epoch, terms
-        counts[1] = 0.0 if earlier else terms
+        counts[1].fill_(0.0 if earlier else terms)
         tap.replace([A, G, counts, *moments])
     for probe, old in zip(tap.probes, before, strict=True):
         if old is not None:

@@ -211,7 +211,7 @@ def statistics(
     saved = tuple(t.to(dtype) if t.is_floating_point() else t for t in saved)
     rows = measured * positions if recipe.approx == "expand" else measured
     counts = gradient.new_full((2,), rows * with_input)
-    counts[1] = terms * first_use if recipe.fisher == "empirical" else 0
+    counts[1].fill_(terms * first_use if recipe.fisher == "empirical" else 0)
     K, C = (None, None) if basis is None or recipe.moments else basis
     if recipe.fisher == "forward-only":
         G = gradient.new_zeros(recipe.shapes()[1])

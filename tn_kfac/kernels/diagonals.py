@@ -33,6 +33,7 @@ COUNTERS = 8192
 PROGRAMS, TILE, LINE, WIDEST, MAX_KERNEL = 512, 8192, 128, 512, 16
 """Programs that a tensor is shared out to, entries of a tile of partial sums, pixels of a piece;
 the most pixels of a line, and offsets of an axis."""
+WARPS, STAGES = 4, 3
 PARTS = {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}
 """How many bfloat16 numbers have an entry as their sum; its square needs twice as many, or three
 for what float32 holds of it."""
@@ -121,7 +122,7 @@ class Launch:
             compiled[(self.programs, 1, 1)](x, v, *others, *self.numbers, *self.constants.values())
             return
         found = diagonals_triton.kernel[(self.programs,)](
-            x, v, *others, *self.numbers, **self.constants
+            x, v, *others, *self.numbers, **self.constants, num_warps=WARPS, num_stages=STAGES
         )
         if found is not None:  # the interpreter compiles nothing
             self.compiled[known] = found
