@@ -4,7 +4,7 @@
 
 A small ViT and a small VGG learn noisy images of ten classes. Every hundredth batch is bad: its
 images are 10⁴ times too large, or NaN. Gradients are made finite and clipped, as a user's script
-would; the curvature meets the batch as it is. Each run is a process of its own and reports whether
+would; the curvature meets the batch as it is. On CUDA the whole step is one captured graph. Each run is a process of its own and reports whether
 anything in parameters or factors is not finite, and the loss of its last tenth.
 """
 
@@ -14,7 +14,7 @@ import argparse
 import json
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ STRUCTURES = (
     "triltopleftdiag", "trilbottomrightdiag", "triutopleftdiag", "triubottomrightdiag",
 )  # fmt: skip
 MODELS, DTYPES = ("vit", "vgg"), ("bfloat16", "float32")
-BATCH, PIXELS, CLASSES, BAD_EVERY = 64, 16, 10, 100
+BATCH, PIXELS, CLASSES, BAD_EVERY, WARM_UP = 64, 16, 10, 100, 12
 
 
 class Vit(nn.Module):
@@ -87,39 +87,76 @@ def batches(device: str, generator: torch.Generator, means: Tensor) -> tuple[Ten
     return means[labels] + 2.0 * noise, labels
 
 
+class Training:
+    """A model, its optimizer and a stream of batches; all that a step needs is on the device."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        torch.manual_seed(0)
+        device = args.device
+        self.model = (Vit() if args.model == "vit" else vgg()).to(device)
+        self.optimizer = SINGD(self.model, structure=args.structure, T=args.interval, lr=args.lr,
+                               damping=1e-2, lr_cov=0.05, alpha1=0.5)  # fmt: skip
+        self.generator = torch.Generator(device).manual_seed(1)
+        self.means = torch.randn(CLASSES, 3, PIXELS, PIXELS, device=device, generator=self.generator)
+        self.spike = torch.ones((), device=device)
+        self.losses = torch.zeros(args.steps, device=device)
+        self.taken = torch.zeros(1, dtype=torch.int64, device=device)
+        self.half, self.device = args.dtype == "bfloat16", device
+
+    def step(self) -> None:
+        """One step, on a batch of images times `spike`."""
+        x, y = batches(self.device, self.generator, self.means)
+        self.optimizer.zero_grad()
+        with torch.autocast(self.device, torch.bfloat16, enabled=self.half):
+            loss = nn.functional.cross_entropy(self.model(x * self.spike), y)
+        loss.backward()
+        for p in self.model.parameters():
+            assert p.grad is not None
+            p.grad.nan_to_num_(0.0, 0.0, 0.0)
+        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.losses.index_copy_(0, self.taken, loss.detach().float()[None])
+        self.taken += 1
+
+    def captured(self) -> Callable[[], None]:
+        """The step as one CUDA graph, after some that warm up."""
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(WARM_UP):
+                self.step()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        graph.register_generator_state(self.generator)
+        self.optimizer.zero_grad()
+        with torch.cuda.graph(graph):
+            self.step()
+        return graph.replay
+
+
 def train(args: argparse.Namespace) -> dict[str, Any]:
     """One run; losses of good batches, and whether all stayed finite."""
-    torch.manual_seed(0)
-    model = (Vit() if args.model == "vit" else vgg()).to(args.device)
-    optimizer = SINGD(model, structure=args.structure, T=args.interval, lr=args.lr,
-                      damping=1e-2, lr_cov=0.05, alpha1=0.5)  # fmt: skip
-    generator = torch.Generator(args.device).manual_seed(1)
-    means = torch.randn(CLASSES, 3, PIXELS, PIXELS, device=args.device, generator=generator)
-    half, losses, finite = args.dtype == "bfloat16", [], torch.ones((), device=args.device)
-    for step in range(args.steps):
-        x, y = batches(args.device, generator, means)
-        bad = step % BAD_EVERY == BAD_EVERY // 2
-        if bad:  # spikes and NaNs take turns; both meet steps that update the curvature
-            x = x * (1e4 if step // BAD_EVERY % 2 else float("nan"))
-        optimizer.zero_grad()
-        with torch.autocast(args.device, torch.bfloat16, enabled=half):
-            loss = nn.functional.cross_entropy(model(x), y)
-        loss.backward()
-        grads = [p.grad for p in model.parameters() if p.grad is not None]
-        for grad in grads:
-            grad.nan_to_num_(0.0, 0.0, 0.0)
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        if not bad:
-            losses.append(loss.detach())
-        if step % 100 == 99:
-            finite *= _all_finite(model, optimizer)
-    tenth = torch.stack(losses[-len(losses) // 10 :]).float()
-    first = torch.stack(losses[: len(losses) // 100 + 1]).float().mean().item()
+    training = Training(args)
+    cuda = args.device == "cuda"
+    step, first = (training.captured(), WARM_UP) if cuda else (training.step, 0)
+    finite = torch.ones((), device=args.device)
+    bad = torch.zeros(args.steps, dtype=torch.bool)
+    for number in range(first, args.steps):
+        bad[number] = number % BAD_EVERY == BAD_EVERY // 2
+        if bad[number]:  # spikes and NaNs take turns
+            training.spike.fill_(1e4 if number // BAD_EVERY % 2 else float("nan"))
+        step()
+        if bad[number]:
+            training.spike.fill_(1.0)
+        if number % 100 == 99:
+            finite *= _all_finite(training.model, training.optimizer)
+    losses = training.losses.cpu()[~bad]
     return {
         "model": args.model, "structure": args.structure, "dtype": args.dtype,
-        "steps": args.steps, "finite": bool(finite), "first_loss": first,
-        "last_loss": tenth.mean().item(), "worst_loss": torch.stack(losses).max().item(),
+        "steps": args.steps, "finite": bool(finite),
+        "first_loss": losses[: len(losses) // 100 + 1].mean().item(),
+        "last_loss": losses[-len(losses) // 10 :].mean().item(),
+        "worst_loss": losses.max().item(),
     }  # fmt: skip
 
 
@@ -140,11 +177,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--dtype", choices=DTYPES, default="bfloat16")
     add("--dtypes", nargs="+", choices=DTYPES, default=DTYPES, help="of all runs")
     add("--steps", type=int, default=10_000)
-    add("--interval", type=int, default=10, help="T, the steps between updates of factors")
+    add("--interval", type=int, default=1, help="T; on CUDA 1, as steps are one graph")
     add("--lr", type=float, default=3e-3)
     add("--processes", type=int, default=2)
     add("--output", type=Path, default=ROOT / "benchmarks" / "results" / "stability.json")
     args = parse.parse_args(arguments)
+    if args.device == "cuda" and args.interval != 1:
+        parse.error("--interval must be 1 on CUDA, where the captured step updates the factors")
     if args.structure:
         torch.set_num_threads(1)
         print(json.dumps(train(args)))

@@ -208,7 +208,8 @@ class LayerTap:
     @property
     def has_statistics(self) -> bool:
         """Whether a backward pass was measured since `clear`."""
-        return bool(self._probes) and all(probe.grad is not None for probe in self._probes)
+        probes = self._probes
+        return len(probes) > 0 and all(probe.grad is not None for probe in probes)
 
     def factors(self) -> Factors | None:
         """The normalised factors of all backward passes since `clear`, None without one."""

@@ -30,9 +30,9 @@ except ImportError:  # no Triton on this machine
 
 COUNTERS = 8192
 """How many tiles of channels a launch may have."""
-PROGRAMS, TILE, LINE, WIDEST, MAX_KERNEL = 512, 8192, 128, 512, 16
-"""Programs that a tensor is shared out to, entries of a tile of partial sums, pixels of a piece;
-the most pixels of a line, and offsets of an axis."""
+PROGRAMS, TILE, LINE, MAX_KERNEL = 1024, 8192, 128, 16
+"""Programs that a tensor is shared out to, entries of a tile, pixels of a line that are read at
+once; the most offsets of an axis. These and the next were chosen by measuring on an H200."""
 WARPS, STAGES = 4, 3
 PARTS = {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}
 """How many bfloat16 numbers have an entry as their sum; its square needs twice as many, or three
@@ -226,7 +226,7 @@ def _constants(
         "BIAS": int(bias), "GROUPS": _power(groups), "K": _power(first.kernel),
         "REDUCE": given.reduce, "PARTS": wide[0] if given.reduce else min(3, 2 * wide[0]),
         "V_REDUCE": grad.reduce, "V_PARTS": wide[1] if grad.reduce else min(3, 2 * wide[1]),
-        "WIDTH": max(16, _power(given.width)), "LINES": given.at_once, "CHANNELS": given.block,
+        "WIDTH": min(LINE, max(16, _power(given.width))), "LINES": given.at_once, "CHANNELS": given.block,
         "V_WIDTH": max(16, _power(grad.width)), "V_LINES": grad.at_once, "V_CHANNELS": grad.block,
         "DOT": diagonals_triton.PART, "BLOCK": block, "AT_ONCE": TILE // block, "V_AT_ONCE": TILE // grad.block,
     }  # fmt: skip
@@ -260,9 +260,11 @@ def _windowed(
 ) -> _Side | None:
     """A tensor whose rows are windows; None if there are too many axes, offsets or pixels."""
     first, second = [_Axis(), *axes][-2:]
-    if len(axes) > 2 or second.size > WIDEST or max(first.kernel, second.kernel) > MAX_KERNEL:
+    if len(axes) > 2 or max(first.kernel, second.kernel) > MAX_KERNEL:
         return None
-    block, at_once = _tile(min(entries // _power(second.size), 256 // _power(first.kernel)), shape[1])
+    block, at_once = _tile(
+        min(entries // min(LINE, _power(second.size)), 256 // _power(first.kernel)), shape[1]
+    )
     lines = first.last + 1 if first.kernel == 1 else first.size  # others meet no window
     steps = (strides[0], strides[1], strides[-2] if len(axes) > 1 else 0, strides[-1])
     limit = lines * second.size

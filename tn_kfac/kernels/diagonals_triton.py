@@ -42,34 +42,36 @@ def _sums(
     c = first + column % BLOCK_C
     k_1 = tl.arange(0, K)[:, None]
     k_2 = tl.arange(0, 16)[:, None]
-    w = tl.arange(0, WIDTH)
-    met_2 = _met(w[None, :], k_2, S_2, P_2, D_2, last_2) & (k_2 < K_2) & (w < width)[None, :]
-    wanted = tl.max(met_2.to(tl.int32), axis=0) > 0
-    pattern = met_2.to(DOT)
-    place = w[:, None] * x_w + c[None, :] * x_c
     total = tl.zeros((K, 16, BLOCK_C), tl.float32)
     base = x + begin.to(tl.int64) * x_n
     for n in range(begin, end):
         sums = tl.zeros((K, 16, LINES * BLOCK_C), tl.float32)
-        for low in range(0, lines, LINES):
-            line = low + column // BLOCK_C
-            h = line * S_1 - P_1 if K_1 == 1 else line
-            left = limit - n * passed - line * width
-            there = (c < channels) & (h >= 0) & (h < height)
-            inside = there[None, :] & wanted[:, None] & (w[:, None] < left[None, :])
-            value = tl.load(base + (h * x_h)[None, :] + place, mask=inside, other=0.0)
-            columns = tl.zeros((16, LINES * BLOCK_C), tl.float32)
-            if PARTS == 1:
-                columns = tl.dot(pattern, value.to(DOT), columns)
-            else:
-                value = value.to(tl.float32)
-                value = value if REDUCE else value * value
-                for _part in tl.static_range(PARTS):
-                    rounded = value.to(tl.bfloat16)
-                    columns = tl.dot(pattern, rounded.to(DOT), columns)
-                    value -= rounded.to(tl.float32)
-            met_1 = _met(h[None, :], k_1, S_1, P_1, D_1, last_1)
-            sums += tl.where(met_1[:, None, :], columns[None], 0.0)
+        for left in range(0, width, WIDTH):
+            w = left + tl.arange(0, WIDTH)
+            met_2 = _met(w[None, :], k_2, S_2, P_2, D_2, last_2) & (k_2 < K_2)
+            met_2 = met_2 & (w < width)[None, :]
+            wanted = tl.max(met_2.to(tl.int32), axis=0) > 0
+            pattern = met_2.to(DOT)
+            place = w[:, None] * x_w + c[None, :] * x_c
+            for low in range(0, lines, LINES):
+                line = low + column // BLOCK_C
+                h = line * S_1 - P_1 if K_1 == 1 else line
+                pixels = limit - n * passed - line * width
+                there = (c < channels) & (h >= 0) & (h < height)
+                inside = there[None, :] & wanted[:, None] & (w[:, None] < pixels[None, :])
+                value = tl.load(base + (h * x_h)[None, :] + place, mask=inside, other=0.0)
+                columns = tl.zeros((16, LINES * BLOCK_C), tl.float32)
+                if PARTS == 1:
+                    columns = tl.dot(pattern, value.to(DOT), columns)
+                else:
+                    value = value.to(tl.float32)
+                    value = value if REDUCE else value * value
+                    for _part in tl.static_range(PARTS):
+                        rounded = value.to(tl.bfloat16)
+                        columns = tl.dot(pattern, rounded.to(DOT), columns)
+                        value -= rounded.to(tl.float32)
+                met_1 = _met(h[None, :], k_1, S_1, P_1, D_1, last_1)
+                sums += tl.where(met_1[:, None, :], columns[None], 0.0)
         if LINES > 1:
             sums = tl.sum(tl.reshape(sums, (K, 16, LINES, BLOCK_C)), axis=2)
         total += scale * sums * (scale * sums) if REDUCE else sums

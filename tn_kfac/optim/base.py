@@ -84,10 +84,10 @@ class KroneckerOptimizer(HookedOptimizer):
         empirical = any(b.tap.recipe.fisher == "empirical" for b in self._bindings)
         scale = unscale(self, empirical)
         if not found_inf(self):
-            self._where = {p: group for group in self.param_groups for p in group["params"]}
             self._check_step()
+            where = self._where()
             active = [
-                (b, self._where[b.parameters[0]])
+                (b, where[b.parameters[0]])
                 for b in self._bindings
                 if any(p.grad is not None for p in b.parameters)
             ]
@@ -102,7 +102,12 @@ class KroneckerOptimizer(HookedOptimizer):
 
     def _check_step(self) -> None:
         """Check that all that the step needs was measured, before anything is changed."""
-        check_measured(self._bindings, lambda b: self._is_due(b, self._where[b.parameters[0]]))
+        where = self._where()
+        check_measured(self._bindings, lambda b: self._is_due(b, where[b.parameters[0]]))
+
+    def _where(self) -> dict[Tensor, Group]:
+        """The group of each parameter."""
+        return {p: group for group in self.param_groups for p in group["params"]}
 
     def _share(self, active: Sequence[tuple[Binding, Group]]) -> None:
         """Sum the statistics of the layers that are due over all ranks."""
@@ -148,7 +153,8 @@ class KroneckerOptimizer(HookedOptimizer):
 
     def _count_step(self, binding: Binding, group: Group, counts: bool) -> None:
         """Go on to a layer's next step."""
-        self.state[binding.parameters[0]]["step"] += counts
+        if counts:
+            self.state[binding.parameters[0]]["step"] += 1
         self._tell(binding, group)
 
     def _layer_directions(self, binding: Binding, group: Group) -> dict[Tensor, Tensor]:
@@ -234,14 +240,14 @@ class KroneckerOptimizer(HookedOptimizer):
         checkpoint.restore_dtypes(state_dict, self.param_groups, self.state)
         for group, kept in zip(self.param_groups, callables, strict=True):
             group |= {key: value for key, value in kept.items() if group.get(key) is None}
-        groups = {p: group for group in self.param_groups for p in group["params"]}
+        groups = self._where()
         for binding in self._bindings:
             self._tell(binding, groups[binding.parameters[0]])
 
     def _expected_shapes(self) -> dict[Tensor, dict[str, torch.Size]]:
         """Shapes of the factors of each layer, by the parameter that owns them."""
         meta = torch.device("meta")
-        groups = {p: group for group in self.param_groups for p in group["params"]}
+        groups = self._where()
         fresh = {
             b.parameters[0]: self._new_state(b, groups[b.parameters[0]], meta)
             for b in self._bindings

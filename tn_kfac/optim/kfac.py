@@ -175,7 +175,8 @@ class KFAC(KroneckerOptimizer):
         state: dict[str, Any] = {
             "A": torch.zeros(groups, *ins, dtype=dtypes[0], device=device),
             "G": torch.zeros(groups, *outs, dtype=dtypes[1], device=device),
-            "weight": torch.zeros((), dtype=dtypes[0], device=device),
+            # One entry, for torch 2.11 takes a 0-d tensor on a CPU for constant in a compiled step.
+            "weight": torch.zeros(1, dtype=dtypes[0], device=device),
             "inverted": 0,
             "refresh": turn,
             "turn": turn,
@@ -185,7 +186,7 @@ class KFAC(KroneckerOptimizer):
         if recipe.moments or group["ekfac"] == "ema":
             shape = (groups, recipe.dim_out, recipe.dim_in)
             state["moments"] = torch.zeros(shape, dtype=dtypes[1], device=device)
-            state["moments_weight"] = torch.zeros((), dtype=dtypes[1], device=device)
+            state["moments_weight"] = torch.zeros(1, dtype=dtypes[1], device=device)
         return state
 
     def _basis(self, binding: Binding, state: dict[str, Any]) -> tuple[Tensor, Tensor] | None:

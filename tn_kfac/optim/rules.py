@@ -46,7 +46,7 @@ def sgd(
         momentum=momentum,
         lr=group["lr"],
         dampening=momentum if group.get("graft") == "adamw" else 0.0,
-        nesterov=bool(group["nesterov"] and momentum),
+        nesterov=momentum > 0 if group["nesterov"] else False,
         maximize=False,
     )
     if momentum:

@@ -264,44 +264,45 @@ class SINGD(KroneckerOptimizer):
 
     def _take_in(self, measured: Sequence[tuple[Binding, Group]], scale: Tensor | None) -> None:
         """All layers that `Fused` knows at once, the others one after another."""
-        alike: dict[tuple[int, float], list[tuple[Binding, dict[str, Any]]]] = defaultdict(list)
-        rest = []
+        fused, rest = [], []
         for binding, group in measured:
             state = self.state[binding.parameters[0]]
             starts = group["init"] == "curvature" and not state.get("started")
             if starts or not self._fused.takes_factors(binding, state):
                 rest.append((binding, group))
             else:
-                alike[id(group), self._beta(state, group)].append((binding, state))
-        for group in self.param_groups:
-            for (owner, beta), layers in alike.items():
-                if owner == id(group):
-                    self._fused.update(layers, group, beta, scale)
-                    for _, state in layers:
-                        self._count_update(state, group)
+                fused.append((binding, group))
+        for group in self.param_groups if fused else ():
+            alike: dict[float, list[tuple[Binding, dict[str, Any]]]] = defaultdict(list)
+            for binding in (b for b, own in fused if own is group):
+                state = self.state[binding.parameters[0]]
+                alike[self._beta(state, group)].append((binding, state))
+            for beta, layers in alike.items():
+                self._fused.update(layers, group, beta, scale)
+                for _, state in layers:
+                    self._count_update(state, group)
         super()._take_in(rest, scale)
 
     def _step_layers(
         self, active: Sequence[tuple[Binding, Group]], counted: Sequence[bool]
     ) -> None:
-        rest, waits = [], []
-        fused: dict[int, list[tuple[Tensor, Weight]]] = defaultdict(list)
+        rest, waits, where = [], [], self._where()
+        fused: dict[Tensor, Weight] = {}
         for (binding, group), counts in zip(active, counted, strict=True):
             state = self.state[binding.parameters[0]]
-            groups = [self._where[p] for p in binding.parameters]
+            groups = [where[p] for p in binding.parameters]
             ready = state["step"] >= group["warmup"]
             weights = self._fused.weights(binding, state, groups) if ready else None
             if weights is None:
                 rest.append((binding, group))
                 waits.append(counts)
                 continue
-            for p, weight in weights.items():
-                fused[id(self._where[p])].append((p, weight))
+            fused |= weights
             self._count_step(binding, group, counts)
         super()._step_layers(rest, waits)
-        for group in self.param_groups:
-            if id(group) in fused:
-                self._fused.step(fused[id(group)], group, self.state)
+        for group in self.param_groups if fused else ():
+            members = [(p, fused[p]) for p in group["params"] if p in fused]
+            self._fused.step(members, group, self.state)
 
     def _precondition(
         self, state: dict[str, Any], matrix: Tensor, recipe: Recipe, group: Group
