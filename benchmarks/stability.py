@@ -14,7 +14,8 @@ import argparse
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
@@ -136,11 +137,16 @@ class Training:
 
 def train(args: argparse.Namespace) -> dict[str, Any]:
     """One run; losses of good batches, and whether all stayed finite."""
-    training = Training(args)
-    cuda = args.device == "cuda"
-    step, first = (training.captured(), WARM_UP) if cuda else (training.step, 0)
+    return _finished(Training(args), args, 0, None)
+
+
+def _finished(
+    training: Training, args: argparse.Namespace, first: int, replay: Callable[[], None] | None
+) -> dict[str, Any]:
+    """The steps from the first on."""
     finite = torch.ones((), device=args.device)
     bad = torch.zeros(args.steps, dtype=torch.bool)
+    step, done, start = replay or training.step, 0, time.monotonic()
     for number in range(first, args.steps):
         bad[number] = number % BAD_EVERY == BAD_EVERY // 2
         if bad[number]:  # spikes and NaNs take turns
@@ -148,16 +154,36 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
         step()
         if bad[number]:
             training.spike.fill_(1.0)
-        if number % 100 == 99:
+        if number % 500 == 499 or number == args.steps - 1:
             finite *= _all_finite(training.model, training.optimizer)
-    losses = training.losses.cpu()[~bad]
+            done, passed = number + 1, time.monotonic() - start
+            if not finite or (args.max_seconds and passed > args.max_seconds):
+                break
+    losses = training.losses.cpu()[:done][~bad[:done]]
     return {
         "model": args.model, "structure": args.structure, "dtype": args.dtype,
-        "steps": args.steps, "finite": bool(finite),
+        "steps": done, "finite": bool(finite),
         "first_loss": losses[: len(losses) // 100 + 1].mean().item(),
         "last_loss": losses[-len(losses) // 10 :].mean().item(),
         "worst_loss": losses.max().item(),
     }  # fmt: skip
+
+
+def train_together(several: Sequence[argparse.Namespace]) -> list[dict[str, Any]]:
+    """Runs on one GPU, each of them a graph on a stream of its own."""
+    ready = []
+    for args in several:
+        training = Training(args)
+        ready.append((training, args, training.captured(), torch.cuda.Stream()))
+    torch.cuda.synchronize()
+
+    def run(entry: tuple[Training, argparse.Namespace, Callable[[], None], Any]) -> dict[str, Any]:
+        training, args, replay, stream = entry
+        with torch.cuda.stream(stream):
+            return _finished(training, args, WARM_UP, replay)
+
+    with ThreadPoolExecutor(len(ready)) as pool:
+        return list(pool.map(run, ready))
 
 
 def _all_finite(model: nn.Module, optimizer: SINGD) -> Tensor:
@@ -179,7 +205,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--steps", type=int, default=10_000)
     add("--interval", type=int, default=1, help="T; on CUDA 1, as steps are one graph")
     add("--lr", type=float, default=3e-3)
-    add("--processes", type=int, default=2)
+    add("--processes", type=int, default=2, help="runs at a time; on CUDA graphs of one process")
+    add("--max-seconds", type=float, help="of a run, which then has fewer steps")
     add("--output", type=Path, default=ROOT / "benchmarks" / "results" / "stability.json")
     args = parse.parse_args(arguments)
     if args.device == "cuda" and args.interval != 1:
@@ -188,17 +215,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
         torch.set_num_threads(1)
         print(json.dumps(train(args)))
         return 0
-    common = ["--device", args.device, "--steps", str(args.steps), "--lr", str(args.lr),
-              "--interval", str(args.interval)]  # fmt: skip
-    runs = [["--structure", s, "--model", m, "--dtype", d]
-            for d in args.dtypes for s in STRUCTURES for m in MODELS]  # fmt: skip
     rows = json.loads(args.output.read_text())["rows"] if args.output.exists() else []
-    with ThreadPoolExecutor(args.processes) as pool:
-        for done in as_completed(pool.submit(_process, [*common, *run]) for run in runs):
-            rows = list({_key(row): row for row in [*rows, done.result()]}.values())
-            _write(rows, args)  # a run that is cut short keeps what it has
+    for found in _all_runs(args):
+        rows = list({_key(row): row for row in [*rows, *found]}.values())
+        _write(rows, args)  # a run that is cut short keeps what it has
     print(args.output.with_suffix(".md").read_text())
     return int(not all(row["finite"] for row in rows))
+
+
+def _all_runs(args: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
+    """Rows as they are known."""
+    runs = [argparse.Namespace(**(vars(args) | {"dtype": d, "structure": s, "model": m}))
+            for d in args.dtypes for s in STRUCTURES for m in MODELS]  # fmt: skip
+    if args.device == "cuda":
+        for first in range(0, len(runs), args.processes):
+            yield train_together(runs[first : first + args.processes])
+        return
+    with ThreadPoolExecutor(args.processes) as pool:
+        for done in as_completed(pool.submit(_process, run) for run in runs):
+            yield [done.result()]
 
 
 def _write(rows: list[dict[str, Any]], args: argparse.Namespace) -> None:
@@ -214,8 +249,12 @@ def _write(rows: list[dict[str, Any]], args: argparse.Namespace) -> None:
     args.output.with_suffix(".md").write_text(_table(rows, args))
 
 
-def _process(arguments: list[str]) -> dict[str, Any]:
-    command = [sys.executable, "-m", "benchmarks.stability", *arguments]
+def _process(args: argparse.Namespace) -> dict[str, Any]:
+    names = ("device", "steps", "lr", "interval", "structure", "model", "dtype")
+    given = [text for name in names for text in (f"--{name}", str(getattr(args, name)))]
+    if args.max_seconds:
+        given += ["--max-seconds", str(args.max_seconds)]
+    command = [sys.executable, "-m", "benchmarks.stability", *given]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr}")
@@ -230,8 +269,8 @@ def _table(rows: list[dict[str, Any]], args: argparse.Namespace) -> str:
     """Losses side by side, and the largest gap between the dtypes where both were run."""
     by = {_key(row): row for row in rows}
     lines = [f"# {args.steps} steps, every {BAD_EVERY}th batch bad, T={args.interval}", "",
-             "| structure | model | all finite | loss bf16 | loss fp32 | gap |",
-             "| --- | --- | --- | ---: | ---: | ---: |"]  # fmt: skip
+             "| structure | model | steps | all finite | loss bf16 | loss fp32 | gap |",
+             "| --- | --- | ---: | --- | ---: | ---: | ---: |"]  # fmt: skip
     gaps = []
     for structure in STRUCTURES:
         for model in MODELS:
@@ -242,7 +281,9 @@ def _table(rows: list[dict[str, Any]], args: argparse.Namespace) -> str:
             if losses[0] is not None and losses[1] is not None:
                 gaps.append(abs(losses[0] - losses[1]))
                 cells.append(f"{gaps[-1]:.4f}")
-            lines.append(f"| {structure} | {model} | {finite} | {' | '.join(cells)} |")
+            cells += [""] * (3 - len(cells))
+            steps = min((row["steps"] for row in found if row), default=0)
+            lines.append(f"| {structure} | {model} | {steps} | {finite} | {' | '.join(cells)} |")
     if gaps:
         lines += ["", f"Mean loss of the last tenth. Largest gap {max(gaps):.4f}."]
     return "\n".join(lines) + "\n"

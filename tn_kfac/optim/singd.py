@@ -302,7 +302,8 @@ class SINGD(KroneckerOptimizer):
         super()._step_layers(rest, waits)
         for group in self.param_groups if fused else ():
             members = [(p, fused[p]) for p in group["params"] if p in fused]
-            self._fused.step(members, group, self.state)
+            if members:
+                self._fused.step(members, group, self.state)
 
     def _precondition(
         self, state: dict[str, Any], matrix: Tensor, recipe: Recipe, group: Group
