@@ -4,8 +4,9 @@
 
 A small ViT and a small VGG learn noisy images of ten classes. Every hundredth batch is bad: its
 images are 10⁴ times too large, or NaN. Gradients are made finite and clipped, as a user's script
-would; the curvature meets the batch as it is. On CUDA the whole step is one captured graph. Each run is a process of its own and reports whether
-anything in parameters or factors is not finite, and the loss of its last tenth.
+would; the curvature meets the batch as it is. Each run reports whether anything in parameters or
+factors is not finite, and the loss of its last tenth. On a CPU it is a process of its own; on a GPU
+its whole step is one captured graph, and several take turns.
 """
 
 from __future__ import annotations
@@ -98,7 +99,8 @@ class Training:
         self.optimizer = SINGD(self.model, structure=args.structure, T=args.interval, lr=args.lr,
                                damping=1e-2, lr_cov=0.05, alpha1=0.5)  # fmt: skip
         self.generator = torch.Generator(device).manual_seed(1)
-        self.means = torch.randn(CLASSES, 3, PIXELS, PIXELS, device=device, generator=self.generator)
+        shape = (CLASSES, 3, PIXELS, PIXELS)
+        self.means = torch.randn(shape, device=device, generator=self.generator)
         self.spike = torch.ones((), device=device)
         self.losses = torch.zeros(args.steps, device=device)
         self.taken = torch.zeros(1, dtype=torch.int64, device=device)

@@ -3,8 +3,10 @@
 With rows that are the windows of the input x (n, c, *pixels), and the output gradient
 v (n, d, *positions),
 
-    reduce: A[c, k] = Σ_n (1/O · Σ_o x[n, c, o·stride + k·dilation − padding])²   G[d] = Σ_n (Σ_o v)²
-    expand: A[c, k] = Σ_n Σ_o x[n, c, …]²                                        G[d] = Σ_n Σ_o v²
+    reduce: A[c, k] = Σ_n (1/O · Σ_o x[n, c, i])²    G[d] = Σ_n (Σ_o v[n, d, o])²
+    expand: A[c, k] = Σ_n Σ_o x[n, c, i]²            G[d] = Σ_n Σ_o v[n, d, o]²
+
+with i = o·stride + k·dilation − padding
 
 (https://arxiv.org/abs/2311.00636, on the diagonal). The result is one vector: A for each group,
 with the number of rows after it if there is a bias; G; the number of rows; that of loss terms.
@@ -15,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
+from itertools import pairwise
 from math import prod
 from typing import Any, NamedTuple
 
@@ -32,8 +35,7 @@ COUNTERS = 8192
 """How many tiles of channels a launch may have."""
 PROGRAMS, TILE, LINE, MAX_KERNEL = 1024, 8192, 128, 16
 """Programs that a tensor is shared out to, entries of a tile, pixels of a line that are read at
-once; the most offsets of an axis. These and the next were chosen by measuring on an H200."""
-WARPS, STAGES = 4, 3
+once; the most offsets of an axis. Chosen by measuring on an H200."""
 PARTS = {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}
 """How many bfloat16 numbers have an entry as their sum; its square needs twice as many, or three
 for what float32 holds of it."""
@@ -80,8 +82,8 @@ def diagonals_reference(x: Tensor, v: Tensor, request: Request, dtype: torch.dty
 def diagonals(x: Tensor, v: Tensor, request: Request, counters: Tensor) -> Tensor | None:
     """The vector in float32 by the kernel; None where that does not run.
 
-    It needs Triton, float32, bfloat16 or float16, at most two pixel axes with few offsets and
-    small strides, positions at equal distances in memory, and less than 2³¹ entries a sample.
+    It needs Triton, float32, bfloat16 or float16, at most two pixel axes with 16 offsets each,
+    positions at equal distances in memory, and less than 2³¹ entries a sample.
 
     Args:
         x: The input, (n, c, *pixels).
@@ -98,7 +100,9 @@ def diagonals(x: Tensor, v: Tensor, request: Request, counters: Tensor) -> Tenso
         return None
     out = torch.empty(made.size, dtype=torch.float32, device=x.device)
     parts = torch.empty(made.parts, dtype=torch.float32, device=x.device)
-    made.run(x, v, out, parts, counters, made.rows, float(request.terms), float(request.scale))
+    numbers = (made.rows, float(request.terms), float(request.scale), *made.numbers)
+    tensors = (x, v, out, parts, counters)
+    diagonals_triton.launch(made.programs, made.compiled, tensors, numbers, made.constants)
     return out
 
 
@@ -113,19 +117,6 @@ class Launch:
     numbers: tuple[float, ...]
     constants: dict[str, Any]
     compiled: dict[Hashable, Any] = field(default_factory=dict)
-
-    def run(self, x: Tensor, v: Tensor, *others: Tensor | float) -> None:
-        """Launch it; what Triton compiled is kept, so that it need not look for it every time."""
-        known = (x.dtype, v.dtype, x.data_ptr() % 16, v.data_ptr() % 16, x.device)
-        compiled = self.compiled.get(known)
-        if compiled is not None:
-            compiled[(self.programs, 1, 1)](x, v, *others, *self.numbers, *self.constants.values())
-            return
-        found = diagonals_triton.kernel[(self.programs,)](
-            x, v, *others, *self.numbers, **self.constants, num_warps=WARPS, num_stages=STAGES
-        )
-        if found is not None:  # the interpreter compiles nothing
-            self.compiled[known] = found
 
 
 class _Axis(NamedTuple):
@@ -226,11 +217,13 @@ def _constants(
         "BIAS": int(bias), "GROUPS": _power(groups), "K": _power(first.kernel),
         "REDUCE": given.reduce, "PARTS": wide[0] if given.reduce else min(3, 2 * wide[0]),
         "V_REDUCE": grad.reduce, "V_PARTS": wide[1] if grad.reduce else min(3, 2 * wide[1]),
-        "WIDTH": min(LINE, max(16, _power(given.width))), "LINES": given.at_once, "CHANNELS": given.block,
-        "V_WIDTH": max(16, _power(grad.width)), "V_LINES": grad.at_once, "V_CHANNELS": grad.block,
-        "DOT": diagonals_triton.PART, "BLOCK": block, "AT_ONCE": TILE // block, "V_AT_ONCE": TILE // grad.block,
+        "WIDTH": min(LINE, max(16, _power(given.width))), "LINES": given.at_once,
+        "V_WIDTH": max(16, _power(grad.width)), "V_LINES": grad.at_once,
+        "CHANNELS": given.block, "V_CHANNELS": grad.block,
+        "BLOCK": block, "AT_ONCE": TILE // block, "V_AT_ONCE": TILE // grad.block,
     }  # fmt: skip
-    return {name: known[name] for name in diagonals_triton.kernel.arg_names if name in known}
+    assert diagonals_triton is not None
+    return diagonals_triton.in_order(known)
 
 
 def _plain(
@@ -255,7 +248,10 @@ def _plain(
 
 
 def _windowed(
-    shape: Sequence[int], strides: Sequence[int], reduce: bool, entries: int,
+    shape: Sequence[int],
+    strides: Sequence[int],
+    reduce: bool,
+    entries: int,
     axes: Sequence[_Axis],
 ) -> _Side | None:
     """A tensor whose rows are windows; None if there are too many axes, offsets or pixels."""
@@ -281,7 +277,7 @@ def _tile(most: int, channels: int) -> tuple[int, int]:
 def _step(shape: Sequence[int], strides: Sequence[int]) -> int | None:
     """The distance of neighbours in a tensor whose entries are at equal ones, else None."""
     known = [(size, stride) for size, stride in zip(shape, strides, strict=True) if size > 1]
-    for (_, outer), (size, inner) in zip(known, known[1:], strict=False):
+    for (_, outer), (size, inner) in pairwise(known):
         if outer != size * inner:
             return None
     return known[-1][1] if known else 1

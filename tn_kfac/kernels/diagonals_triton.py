@@ -8,12 +8,16 @@ order, so results are reproducible.
 """
 
 # pyright: reportMissingImports=false, reportMissingModuleSource=false, reportArgumentType=false
-# pyright: reportGeneralTypeIssues=false, reportCallIssue=false, reportIndexIssue=false
+# pyright: reportGeneralTypeIssues=false, reportCallIssue=false, reportIndexIssue=false, reportOperatorIssue=false
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any
+
 import triton
 import triton.language as tl
+from torch import Tensor
 
 
 @triton.jit
@@ -25,7 +29,8 @@ def _met(pixel, offset, STRIDE: tl.constexpr, PADDING: tl.constexpr, DILATION: t
 
 @triton.jit
 def _sums(
-    x, begin, end, first, channels, lines, height, width, limit, passed, last_1, last_2, x_n, x_c, x_h, x_w, scale,
+    x, begin, end, first, channels, lines, height, width, limit, passed, last_1, last_2,
+    x_n, x_c, x_h, x_w, scale,
     K_1: tl.constexpr, S_1: tl.constexpr, P_1: tl.constexpr, D_1: tl.constexpr,
     K_2: tl.constexpr, S_2: tl.constexpr, P_2: tl.constexpr, D_2: tl.constexpr,
     REDUCE: tl.constexpr, PARTS: tl.constexpr, DOT: tl.constexpr,
@@ -35,8 +40,9 @@ def _sums(
 
     Channels from `first` on. LINES are read at once, so few channels still fill a product.
 
-    A sample has `height` lines of `width` pixels, of which `lines` are read. Where lines do not matter they are pieces of one, and
-    pixels from `limit` on are none; `passed` of them are in each sample before.
+    A sample has `height` lines of `width` pixels, of which `lines` are read. Where lines do not
+    matter they are pieces of one, and pixels from `limit` on are none; `passed` of them are in
+    each sample before.
     """
     column = tl.arange(0, LINES * BLOCK_C)
     c = first + column % BLOCK_C
@@ -121,7 +127,8 @@ def kernel(
     BIAS: tl.constexpr, REDUCE: tl.constexpr, PARTS: tl.constexpr,
     V_REDUCE: tl.constexpr, V_PARTS: tl.constexpr, K: tl.constexpr,
     WIDTH: tl.constexpr, CHANNELS: tl.constexpr, BLOCK: tl.constexpr, AT_ONCE: tl.constexpr,
-    LINES: tl.constexpr, V_LINES: tl.constexpr, V_WIDTH: tl.constexpr, V_CHANNELS: tl.constexpr, V_AT_ONCE: tl.constexpr,
+    LINES: tl.constexpr, V_LINES: tl.constexpr, V_WIDTH: tl.constexpr,
+    V_CHANNELS: tl.constexpr, V_AT_ONCE: tl.constexpr,
     GROUPS: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     """Programs of the input's tiles, then those of the output gradient's; see `diagonals`."""
@@ -133,9 +140,9 @@ def kernel(
         tile, split = program % tiles, program // tiles
         begin = split * share
         sums = _sums(
-            x, begin, tl.minimum(begin + share, samples), tile * CHANNELS, channels, lines, height, width, limit, passed, last_1, last_2, x_n, x_c, x_h, x_w, scale,
-            K_1, S_1, P_1, D_1, K_2, S_2, P_2, D_2, REDUCE, PARTS, DOT, K, WIDTH, LINES,
-            CHANNELS,
+            x, begin, tl.minimum(begin + share, samples), tile * CHANNELS, channels, lines, height,
+            width, limit, passed, last_1, last_2, x_n, x_c, x_h, x_w, scale,
+            K_1, S_1, P_1, D_1, K_2, S_2, P_2, D_2, REDUCE, PARTS, DOT, K, WIDTH, LINES, CHANNELS,
         )  # fmt: skip
         _finish(sums, out, partial, counters + tile, split, splits, size, tile * CHANNELS,
                 channels, group, BIAS, 1.0, K_1, K_2, K, CHANNELS, BLOCK, AT_ONCE)  # fmt: skip
@@ -151,8 +158,9 @@ def kernel(
         v_tile, v_split = rank % v_tiles, rank // v_tiles
         v_begin = v_split * v_share
         v_sums = _sums(
-            v, v_begin, tl.minimum(v_begin + v_share, v_samples), v_tile * V_CHANNELS, outputs, v_lines, v_height, v_width, v_limit,
-            v_passed, v_lines - 1, v_width - 1, v_n, v_c, v_h, v_w, 1.0,
+            v, v_begin, tl.minimum(v_begin + v_share, v_samples), v_tile * V_CHANNELS, outputs,
+            v_lines, v_height, v_width, v_limit, v_passed, v_lines - 1, v_width - 1,
+            v_n, v_c, v_h, v_w, 1.0,
             1, 1, 0, 1, 1, 1, 0, 1, V_REDUCE, V_PARTS, DOT, 1, V_WIDTH, V_LINES, V_CHANNELS,
         )  # fmt: skip
         _finish(v_sums, G, partial + splits * size, counters + tiles + v_tile, v_split, v_splits,
@@ -162,3 +170,36 @@ def kernel(
 
 PART = tl.bfloat16 if isinstance(kernel, triton.JITFunction) else tl.float32
 """What products are made of; the interpreter has none of bfloat16."""
+WARPS, STAGES = 4, 3
+
+
+def launch(
+    programs: int,
+    compiled: dict[Hashable, Any],
+    tensors: Sequence[Tensor],
+    numbers: Sequence[float],
+    constants: Mapping[str, Any],
+) -> None:
+    """Launch the kernel; `compiled` keeps what Triton would look for every time.
+
+    Args:
+        programs: How many.
+        compiled: For these constants and numbers, by what else Triton compiles for.
+        tensors: The kernel's first arguments, of which the first two are a user's.
+        numbers: Those that follow.
+        constants: The last ones, by name.
+    """
+    x, v = tensors[:2]
+    known = (x.dtype, v.dtype, x.data_ptr() % 16, v.data_ptr() % 16, x.device)
+    if known in compiled:
+        compiled[known][(programs, 1, 1)](*tensors, *numbers, *constants.values())
+        return
+    found = kernel[(programs,)](*tensors, *numbers, **constants, num_warps=WARPS, num_stages=STAGES)
+    if found is not None:  # the interpreter compiles nothing
+        compiled[known] = found
+
+
+def in_order(constants: Mapping[str, Any]) -> dict[str, Any]:
+    """The constants as the kernel takes them."""
+    known = {**constants, "DOT": PART}
+    return {name: known[name] for name in kernel.arg_names if name in known}

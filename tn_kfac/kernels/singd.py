@@ -13,8 +13,6 @@ import torch
 from torch import Tensor
 
 try:
-    import triton.language as tl
-
     from tn_kfac.kernels import singd_triton
 except ImportError:  # no Triton on this machine
     singd_triton = None
@@ -27,7 +25,7 @@ def available(device: torch.device) -> bool:
     """Whether the kernels run there."""
     if singd_triton is None:
         return False
-    return device.type == "cuda" or type(singd_triton.update_factors).__name__ != "JITFunction"
+    return device.type == "cuda" or singd_triton.INTERPRETED
 
 
 class LayerFactors(NamedTuple):
@@ -102,6 +100,7 @@ class Tables:
         self._known: dict[Hashable, tuple[tuple[int, ...], Tensor, Tensor]] = {}
         self._programs: dict[Hashable, Tensor] = {}
         self._spare: dict[Hashable, Tensor] = {}
+        self._captured: list[tuple[Tensor, Tensor]] = []
 
     def programs(self, key: Hashable, make: Callable[[], Tensor], device: torch.device) -> Tensor:
         """What each program does; `key` says what it depends on."""
@@ -129,17 +128,17 @@ class Tables:
         """
         captured = torch.cuda.is_current_stream_capturing()
         host = self._spare.pop(key, None) if captured else None
-        if host is None or host.numel() != len(values):
+        if host is None:
             host = torch.empty(len(values), dtype=torch.int64, pin_memory=True)
         host.copy_(torch.tensor(values))
         table = host.to(device, non_blocking=True)
         if captured:
-            self._known[key, len(self._known)] = ((), table, host)
+            self._captured.append((table, host))
             self._known.pop(key, None)
         else:
             self._known[key] = (values, table, host)
             if key not in self._spare:
-                self._spare[key] = torch.empty_like(host, pin_memory=True)
+                self._spare[key] = torch.empty(len(values), dtype=torch.int64, pin_memory=True)
         return table
 
 
@@ -163,12 +162,16 @@ def update_factors(
     ]
     programs = tables.programs(sizes, lambda: _groups([size[0] for size in sizes]), device)
     table = tables.addresses(("factors", sizes), values, device)
-    singd_triton.update_factors[(len(programs),)](
-        table, programs, table if scale is None else scale, rule.damping, rule.alpha, rule.beta,
-        1.0 if rule.limit is None else rule.limit, TERMS=rule.terms, SCALED=scale is not None,
-        IKFAC=rule.ikfac, NORMALISED=rule.normalised,
-        LIMITED=rule.limit is not None and rule.beta != 0, MOMENTUM=rule.alpha != 0, BLOCK=BLOCK,
-    )  # fmt: skip
+    assert singd_triton is not None
+    limit = 1.0 if rule.limit is None else rule.limit
+    numbers = (rule.damping, rule.alpha, rule.beta, limit)
+    with torch.cuda.device_of(table):
+        singd_triton.launch_update(
+            len(programs), table, programs, table if scale is None else scale, *numbers,
+            TERMS=rule.terms, SCALED=scale is not None, IKFAC=rule.ikfac, BLOCK=BLOCK,
+            NORMALISED=rule.normalised, MOMENTUM=rule.alpha != 0,
+            LIMITED=rule.limit is not None and rule.beta != 0,
+        )  # fmt: skip
 
 
 def step_parameters(
@@ -192,11 +195,13 @@ def step_parameters(
                    w.columns, w.across_step, w.along_step, w.channels, w.pixels)  # fmt: skip
     programs = tables.programs(shapes, lambda: _blocks(shapes), device)
     table = tables.addresses(("parameters", dtype, shapes), values, device)
-    singd_triton.step_parameters[(len(programs),)](
-        table, programs, rule.lr, rule.momentum, rule.decay, rule.shrink,
-        KIND=getattr(tl, str(dtype).removeprefix("torch.")), MOMENTUM=buffers[0] is not None,
-        NESTEROV=rule.nesterov, ROOT=rule.root, BLOCK_R=ROWS, BLOCK_C=COLUMNS,
-    )  # fmt: skip
+    assert singd_triton is not None
+    numbers = (rule.lr, rule.momentum, rule.decay, rule.shrink)
+    with torch.cuda.device_of(table):
+        singd_triton.launch_step(
+            len(programs), dtype, table, programs, *numbers, MOMENTUM=buffers[0] is not None,
+            NESTEROV=rule.nesterov, ROOT=rule.root, BLOCK_R=ROWS, BLOCK_C=COLUMNS,
+        )  # fmt: skip
 
 
 def _groups(groups: Sequence[int]) -> Tensor:

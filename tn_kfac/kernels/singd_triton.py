@@ -9,6 +9,9 @@ which part of which one a program does.
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 import triton
 import triton.language as tl
 
@@ -101,7 +104,8 @@ def update_factors(
     G = A + groups * ins
     counts = G + groups * outs
     A, G = A + group * ins, G + group * outs
-    K, C = _pointer(layer, 1, tl.float32) + group * ins, _pointer(layer, 2, tl.float32) + group * outs
+    K = _pointer(layer, 1, tl.float32) + group * ins
+    C = _pointer(layer, 2, tl.float32) + group * outs
     m_K = _pointer(layer, 3, tl.float32) + group * ins
     m_C = _pointer(layer, 4, tl.float32) + group * outs
     norm_A = 1.0 / tl.maximum(tl.load(counts), 1.0)
@@ -168,3 +172,18 @@ def step_parameters(
         tl.store(buffer, smooth.to(KIND), mask=inside)
         direction = direction + momentum * smooth if NESTEROV else smooth
     tl.store(address, (shrink * parameter - lr * direction).to(KIND), mask=inside)
+
+
+INTERPRETED = not isinstance(update_factors, triton.JITFunction)
+"""Whether kernels run in Triton's interpreter, on a CPU."""
+
+
+def launch_update(programs: int, *arguments: Any, **constants: Any) -> None:
+    """Launch `update_factors`."""
+    update_factors[(programs,)](*arguments, **constants)
+
+
+def launch_step(programs: int, dtype: torch.dtype, *arguments: Any, **constants: Any) -> None:
+    """Launch `step_parameters` for parameters of a dtype."""
+    kind = getattr(tl, str(dtype).removeprefix("torch."))
+    step_parameters[(programs,)](*arguments, KIND=kind, **constants)

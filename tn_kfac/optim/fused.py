@@ -43,6 +43,7 @@ class Fused:
         return (
             binding.tap.recipe.packed
             and K.dtype == C.dtype == binding.tap.dtype == torch.float32
+            and all(tensor.device == K.device for tensor in (C, *binding.tap.probes))
             and available(K.device)
             and not torch.compiler.is_compiling()
         )
@@ -90,12 +91,11 @@ class Fused:
         for p in binding.parameters:
             gradient = p.grad
             if gradient is not None:
-                key = (id(p), K.data_ptr(), C.data_ptr(), p.dtype, p.stride())
+                key = (id(p), K.data_ptr(), C.data_ptr(), p.dtype, p.device, p.stride())
                 if key not in self._weights:
                     self._weights[key] = _weight(binding, p, K, C)
                 weight = self._weights[key]
-                alike = gradient.dtype == p.dtype and gradient.stride() == p.stride()
-                if weight is None or not alike or gradient.is_sparse:
+                if weight is None or gradient.is_sparse or gradient.stride() != p.stride():
                     return None
                 found[p] = weight
         return found
@@ -124,7 +124,8 @@ class Fused:
 def _buffer(parameter: Tensor, state: State) -> Tensor:
     """The momentum of a parameter; zeros before its first step."""
     buffer = state.get("momentum_buffer")
-    if buffer is None or buffer.stride() != parameter.stride():
+    same = buffer is not None and buffer.dtype == parameter.dtype
+    if buffer is None or not same or buffer.stride() != parameter.stride():
         fresh = torch.zeros_like(parameter)
         buffer = state["momentum_buffer"] = fresh if buffer is None else fresh.copy_(buffer)
     return buffer
@@ -135,7 +136,7 @@ def _weight(binding: Binding, p: Tensor, K: Tensor, C: Tensor) -> Weight | None:
     layer, recipe = binding.site.layer, binding.tap.recipe
     groups, outs, ins = layer.groups, layer.features_out, layer.features_in
     size = K.element_size()
-    if type(p) is not torch.nn.Parameter or p.dtype not in KINDS:
+    if type(p) is not torch.nn.Parameter or p.dtype not in KINDS or p.device != K.device:
         return None
     if not (K.is_contiguous() and C.is_contiguous()):
         return None
