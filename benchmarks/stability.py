@@ -104,7 +104,10 @@ class Training:
         self.spike = torch.ones((), device=device)
         self.losses = torch.zeros(args.steps, device=device)
         self.taken = torch.zeros(1, dtype=torch.int64, device=device)
-        self.half, self.device = args.dtype == "bfloat16", device
+        self.half, self.device, self.args = args.dtype == "bfloat16", device, args
+        self.finite, self.done = torch.ones((), device=device), 0
+        self.run: Callable[[], None] = self.step
+        self.stream: torch.cuda.Stream | None = None
 
     def step(self) -> None:
         """One step, on a batch of images times `spike`."""
@@ -121,71 +124,67 @@ class Training:
         self.losses.index_copy_(0, self.taken, loss.detach().float()[None])
         self.taken += 1
 
-    def captured(self) -> Callable[[], None]:
-        """The step as one CUDA graph, after some that warm up."""
-        stream = torch.cuda.Stream()
+    def capture(self) -> None:
+        """Have the step as one CUDA graph, after some that warm up."""
+        stream = self.stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(WARM_UP):
                 self.step()
-        torch.cuda.current_stream().wait_stream(stream)
+        torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         graph.register_generator_state(self.generator)
         self.optimizer.zero_grad()
         with torch.cuda.graph(graph):
             self.step()
-        return graph.replay
+        self.run = graph.replay
+
+    def advance(self, number: int) -> None:
+        """The step of this number, on a bad batch if it is its turn."""
+        bad = number % BAD_EVERY == BAD_EVERY // 2
+        if bad:  # spikes and NaNs take turns
+            self.spike.fill_(1e4 if number // BAD_EVERY % 2 else float("nan"))
+        self.run()
+        if bad:
+            self.spike.fill_(1.0)
+        if number % 500 == 499:
+            self.finite *= _all_finite(self.model, self.optimizer)
+        self.done = number + 1
+
+    def row(self) -> dict[str, Any]:
+        """What came of it."""
+        number = torch.arange(self.done)
+        losses = self.losses.cpu()[: self.done][number % BAD_EVERY != BAD_EVERY // 2]
+        self.finite *= _all_finite(self.model, self.optimizer)
+        return {
+            "model": self.args.model, "structure": self.args.structure, "dtype": self.args.dtype,
+            "steps": self.done, "finite": bool(self.finite),
+            "first_loss": losses[: len(losses) // 100 + 1].mean().item(),
+            "last_loss": losses[-len(losses) // 10 :].mean().item(),
+            "worst_loss": losses.max().item(),
+        }  # fmt: skip
 
 
-def train(args: argparse.Namespace) -> dict[str, Any]:
-    """One run; losses of good batches, and whether all stayed finite."""
-    return _finished(Training(args), args, 0, None)
-
-
-def _finished(
-    training: Training, args: argparse.Namespace, first: int, replay: Callable[[], None] | None
-) -> dict[str, Any]:
-    """The steps from the first on."""
-    finite = torch.ones((), device=args.device)
-    bad = torch.zeros(args.steps, dtype=torch.bool)
-    step, done, start = replay or training.step, 0, time.monotonic()
-    for number in range(first, args.steps):
-        bad[number] = number % BAD_EVERY == BAD_EVERY // 2
-        if bad[number]:  # spikes and NaNs take turns
-            training.spike.fill_(1e4 if number // BAD_EVERY % 2 else float("nan"))
-        step()
-        if bad[number]:
-            training.spike.fill_(1.0)
-        if number % 500 == 499 or number == args.steps - 1:
-            finite *= _all_finite(training.model, training.optimizer)
-            done, passed = number + 1, time.monotonic() - start
-            if not finite or (args.max_seconds and passed > args.max_seconds):
-                break
-    losses = training.losses.cpu()[:done][~bad[:done]]
-    return {
-        "model": args.model, "structure": args.structure, "dtype": args.dtype,
-        "steps": done, "finite": bool(finite),
-        "first_loss": losses[: len(losses) // 100 + 1].mean().item(),
-        "last_loss": losses[-len(losses) // 10 :].mean().item(),
-        "worst_loss": losses.max().item(),
-    }  # fmt: skip
-
-
-def train_together(several: Sequence[argparse.Namespace]) -> list[dict[str, Any]]:
-    """Runs on one GPU, each of them a graph on a stream of its own."""
-    ready = []
-    for args in several:
-        training = Training(args)
-        ready.append((training, args, training.captured(), torch.cuda.Stream()))
-    torch.cuda.synchronize()
-
-    def run(entry: tuple[Training, argparse.Namespace, Callable[[], None], Any]) -> dict[str, Any]:
-        training, args, replay, stream = entry
-        with torch.cuda.stream(stream):
-            return _finished(training, args, WARM_UP, replay)
-
-    with ThreadPoolExecutor(len(ready)) as pool:
-        return list(pool.map(run, ready))
+def train(several: Sequence[argparse.Namespace]) -> list[dict[str, Any]]:
+    """Runs in turns; on a GPU each is a graph on a stream of its own."""
+    runs = [Training(args) for args in several]
+    cuda, first, start = several[0].device == "cuda", 0, time.monotonic()
+    if cuda:
+        for run in runs:
+            run.capture()
+        first, start = WARM_UP, time.monotonic()
+        torch.cuda.synchronize()
+    for number in range(first, several[0].steps):
+        for run in runs:
+            with torch.cuda.stream(run.stream):  # no stream: nothing changes
+                run.advance(number)
+        if cuda and number % 100 == 99:
+            torch.cuda.synchronize()
+        if several[0].max_seconds and time.monotonic() - start > several[0].max_seconds:
+            break
+    if cuda:
+        torch.cuda.synchronize()
+    return [run.row() for run in runs]
 
 
 def _all_finite(model: nn.Module, optimizer: SINGD) -> Tensor:
@@ -215,7 +214,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parse.error("--interval must be 1 on CUDA, where the captured step updates the factors")
     if args.structure:
         torch.set_num_threads(1)
-        print(json.dumps(train(args)))
+        print(json.dumps(train([args])[0]))
         return 0
     rows = json.loads(args.output.read_text())["rows"] if args.output.exists() else []
     for found in _all_runs(args):
@@ -231,7 +230,7 @@ def _all_runs(args: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
             for d in args.dtypes for s in STRUCTURES for m in MODELS]  # fmt: skip
     if args.device == "cuda":
         for first in range(0, len(runs), args.processes):
-            yield train_together(runs[first : first + args.processes])
+            yield train(runs[first : first + args.processes])
         return
     with ThreadPoolExecutor(args.processes) as pool:
         for done in as_completed(pool.submit(_process, run) for run in runs):
