@@ -11,20 +11,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.kernels.interpreted import DEVICE, needs_kernels, run_interpreted, run_script
-from tests.kernels.test_window_sum import by_definition
+from tests.kernels.test_window_sum import axes, by_definition
 from tn_kfac.kernels.diagonals import COUNTERS, Request, diagonals, diagonals_reference
 from tn_kfac.tensor_network.pattern import SpatialAxis
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
-@st.composite
-def axes(draw: st.DrawFn) -> SpatialAxis:
-    kernel, dilation = draw(st.integers(1, 4)), draw(st.integers(1, 2))
-    left, right = draw(st.integers(0, 3)), draw(st.integers(0, 3))
-    least = max(1, dilation * (kernel - 1) + 1 - left - right)
-    size = least + draw(st.integers(0, 9))
-    return SpatialAxis(size, kernel, draw(st.integers(1, 4)), (left, right), dilation)
 
 
 @st.composite

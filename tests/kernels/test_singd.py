@@ -106,6 +106,31 @@ def test_kernels_are_the_plain_step(given: dict[str, Any], last: bool) -> None:
 
 
 @needs_kernels
+@pytest.mark.parametrize("fisher", ["forward-only", "mc", "type-2"])
+def test_other_fishers(fisher: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`forward-only` has no G to measure, so its factors are not updated by the kernel."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 5)).to(DEVICE)
+    x, y = torch.randn(4, 3, 6, 6, device=DEVICE), torch.randint(5, (4,), device=DEVICE)
+    found = []
+    for kernels in (False, True):
+        twin = copy.deepcopy(model)
+        for module in (packed, fused):
+            monkeypatch.setattr(module, "available", lambda device, kernels=kernels: kernels)
+        optimizer = SINGD(twin, fisher=fisher, T=1, lr_cov=0.1)
+        for seed in range(2):
+            optimizer.zero_grad()
+            outputs = twin(x)
+            generator = torch.Generator(DEVICE).manual_seed(seed)
+            optimizer.curvature(outputs, "cross_entropy", y, generator=generator)
+            nn.functional.cross_entropy(outputs, y).backward()
+            optimizer.step()
+        found.append([*twin.parameters(), *(s["C"] for s in optimizer.state.values() if "C" in s)])
+    for expected, actual in zip(*found, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+
+
+@needs_kernels
 def test_weights_in_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rounded once a step instead of after each operation (the interpreter cuts off instead)."""
     model = network().to(DEVICE, torch.bfloat16)

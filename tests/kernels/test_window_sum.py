@@ -22,7 +22,7 @@ def axes(draw: st.DrawFn) -> SpatialAxis:
     left, right = draw(st.integers(0, 3)), draw(st.integers(0, 3))
     least = max(1, dilation * (kernel - 1) + 1 - left - right)
     size = least + draw(st.integers(0, 6))
-    return SpatialAxis(size, kernel, draw(st.integers(1, 3)), (left, right), dilation)
+    return SpatialAxis(size, kernel, draw(st.integers(1, 4)), (left, right), dilation)
 
 
 def by_definition(x: torch.Tensor, spatial: list[SpatialAxis]) -> torch.Tensor:

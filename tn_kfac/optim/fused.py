@@ -6,8 +6,10 @@ both give the same up to rounding.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections import defaultdict
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -23,6 +25,7 @@ from tn_kfac.kernels.singd import (
     step_parameters,
     update_factors,
 )
+from tn_kfac.optim.base import KroneckerOptimizer
 from tn_kfac.optim.binding import Binding
 from tn_kfac.optim.groups import Group
 
@@ -42,6 +45,7 @@ class Fused:
         K, C = state["K"], state["C"]
         return (
             binding.tap.recipe.packed
+            and binding.tap.recipe.fisher != "forward-only"  # whose G is not measured
             and K.dtype == C.dtype == binding.tap.dtype == torch.float32
             and all(tensor.device == K.device for tensor in (C, *binding.tap.probes))
             and available(K.device)
@@ -56,9 +60,9 @@ class Fused:
         ikfac, average = group["kfac_like"], group["loss_average"]
         empirical = group["fisher"] == "empirical"
         rule = FactorRule(
-            damping=group["damping"],
-            alpha=0.0 if ikfac else group["alpha1"],
-            beta=beta,
+            damping=float(group["damping"]),
+            alpha=0.0 if ikfac else float(group["alpha1"]),
+            beta=float(beta),
             limit=group["factor_clip"],
             normalised=group["normalize_lr_cov"],
             ikfac=ikfac,
@@ -108,9 +112,9 @@ class Fused:
             kinds[p.dtype, p.device].append((p, weight))
         decoupled, decay = group["decoupled_weight_decay"], group["weight_decay"]
         rule = SgdRule(
-            lr=group["lr"],
-            momentum=group["momentum"],
-            decay=0.0 if decoupled else decay,
+            lr=float(group["lr"]),
+            momentum=float(group["momentum"]),
+            decay=0.0 if decoupled else float(decay),
             shrink=1.0 - group["lr"] * decay if decoupled else 1.0,
             nesterov=bool(group["nesterov"] and group["momentum"]),
             root=group["exponent"] != 1,
@@ -158,3 +162,58 @@ def _weight(binding: Binding, p: Tensor, K: Tensor, C: Tensor) -> Weight | None:
 
 def _last(p: Tensor) -> torch.memory_format:
     return torch.channels_last if p.dim() == 4 else torch.channels_last_3d
+
+
+class FusedOptimizer(KroneckerOptimizer):
+    """An optimizer that updates and uses diagonal factors as SINGD does, at once where it can."""
+
+    @cached_property
+    def _fused(self) -> Fused:
+        return Fused()
+
+    @abstractmethod
+    def _beta(self, state: State, group: Group) -> float:
+        """The step size of a layer's factors now."""
+
+    def _take_in(self, measured: Sequence[tuple[Binding, Group]], scale: Tensor | None) -> None:
+        """All layers that `Fused` knows at once, the others one after another."""
+        fused, rest = [], []
+        for binding, group in measured:
+            state = self.state[binding.parameters[0]]
+            starts = group["init"] == "curvature" and not state.get("started")
+            if starts or not self._fused.takes_factors(binding, state):
+                rest.append((binding, group))
+            else:
+                fused.append((binding, group))
+        for group in self.param_groups if fused else ():
+            alike: dict[float, list[tuple[Binding, dict[str, Any]]]] = defaultdict(list)
+            for binding in (b for b, own in fused if own is group):
+                state = self.state[binding.parameters[0]]
+                alike[self._beta(state, group)].append((binding, state))
+            for beta, layers in alike.items():
+                self._fused.update(layers, group, beta, scale)
+                for _, state in layers:
+                    self._count_update(state, group)
+        super()._take_in(rest, scale)
+
+    def _step_layers(
+        self, active: Sequence[tuple[Binding, Group]], counted: Sequence[bool]
+    ) -> None:
+        rest, waits, where = [], [], self._where()
+        fused: dict[Tensor, Weight] = {}
+        for (binding, group), counts in zip(active, counted, strict=True):
+            state = self.state[binding.parameters[0]]
+            groups = [where[p] for p in binding.parameters]
+            ready = state["step"] >= group["warmup"]
+            weights = self._fused.weights(binding, state, groups) if ready else None
+            if weights is None:
+                rest.append((binding, group))
+                waits.append(counts)
+                continue
+            fused |= weights
+            self._count_step(binding, group, counts)
+        super()._step_layers(rest, waits)
+        for group in self.param_groups if fused else ():
+            members = [(p, fused[p]) for p in group["params"] if p in fused]
+            if members:
+                self._fused.step(members, group, self.state)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -12,7 +11,6 @@ from torch import Tensor, nn
 from tn_kfac.curvature import Measured, Recipe
 from tn_kfac.curvature.statistics import Fisher
 from tn_kfac.optim import checks
-from tn_kfac.optim.base import KroneckerOptimizer
 from tn_kfac.optim.binding import Binding
 from tn_kfac.optim.factor_update import (
     Steps,
@@ -21,7 +19,7 @@ from tn_kfac.optim.factor_update import (
     riemannian_gradient,
     update_factor,
 )
-from tn_kfac.optim.fused import Fused, Weight
+from tn_kfac.optim.fused import FusedOptimizer
 from tn_kfac.optim.groups import Group
 from tn_kfac.structures import Spec
 
@@ -45,7 +43,7 @@ def _given(
     return "diagonal" if structures is None else structures
 
 
-class SINGD(KroneckerOptimizer):
+class SINGD(FusedOptimizer):
     r"""Structured inverse-free natural gradient descent, with a fallback for all the rest.
 
     The gradient G of each layer's weight (with its bias as an extra column) is replaced by
@@ -121,7 +119,7 @@ class SINGD(KroneckerOptimizer):
 
     rule: ClassVar[str] = "singd"
     factor_names: ClassVar[tuple[str, str]] = ("K", "C")
-    option_checks: ClassVar[dict[str, checks.Check]] = KroneckerOptimizer.option_checks | {
+    option_checks: ClassVar[dict[str, checks.Check]] = FusedOptimizer.option_checks | {
         "damping": checks.number,
         "alpha1": lambda name, value: checks.number(name, value, below=1.0),
         "lr_cov": checks.schedule,
@@ -201,7 +199,6 @@ class SINGD(KroneckerOptimizer):
             "fallback_lr": fallback_lr,
             "fallback_weight_decay": fallback_weight_decay,
         }
-        self._fused = Fused()
         super().__init__(model, params, options, warn_unsupported, norms, process_group)
 
     def _new_state(self, binding: Binding, group: Group, device: torch.device) -> dict[str, Any]:
@@ -227,7 +224,6 @@ class SINGD(KroneckerOptimizer):
     def _update_factors(
         self, state: dict[str, Any], captured: Measured, binding: Binding, group: Group
     ) -> None:
-        beta = self._beta(state, group)
         K, C, recipe = state["K"], state["C"], binding.tap.recipe
         A, G = captured.factors.A.to(K.dtype), captured.factors.G.to(C.dtype)
         sides = {
@@ -245,7 +241,9 @@ class SINGD(KroneckerOptimizer):
                 factor.copy_(start)
             return
         alpha = 0.0 if ikfac else group["alpha1"]
-        steps = Steps(alpha, beta, group["normalize_lr_cov"], group["factor_clip"])
+        steps = Steps(
+            alpha, self._beta(state, group), group["normalize_lr_cov"], group["factor_clip"]
+        )
         for name, other in (("K", "C"), ("C", "K")):
             own = sides[name]
             gradient = riemannian_gradient(own, sides[other], group["damping"], ikfac)
@@ -254,56 +252,11 @@ class SINGD(KroneckerOptimizer):
             if alpha:
                 state[f"m_{name}"].copy_(m)
 
-    @staticmethod
-    def _beta(state: dict[str, Any], group: Group) -> float:
-        """The step size of a layer's factors now."""
+    def _beta(self, state: dict[str, Any], group: Group) -> float:
         lr_cov: float | Callable[[int], float] = group["lr_cov"]
         beta = lr_cov(state["step"]) if callable(lr_cov) else lr_cov
         checks.number("lr_cov", beta)
         return beta
-
-    def _take_in(self, measured: Sequence[tuple[Binding, Group]], scale: Tensor | None) -> None:
-        """All layers that `Fused` knows at once, the others one after another."""
-        fused, rest = [], []
-        for binding, group in measured:
-            state = self.state[binding.parameters[0]]
-            starts = group["init"] == "curvature" and not state.get("started")
-            if starts or not self._fused.takes_factors(binding, state):
-                rest.append((binding, group))
-            else:
-                fused.append((binding, group))
-        for group in self.param_groups if fused else ():
-            alike: dict[float, list[tuple[Binding, dict[str, Any]]]] = defaultdict(list)
-            for binding in (b for b, own in fused if own is group):
-                state = self.state[binding.parameters[0]]
-                alike[self._beta(state, group)].append((binding, state))
-            for beta, layers in alike.items():
-                self._fused.update(layers, group, beta, scale)
-                for _, state in layers:
-                    self._count_update(state, group)
-        super()._take_in(rest, scale)
-
-    def _step_layers(
-        self, active: Sequence[tuple[Binding, Group]], counted: Sequence[bool]
-    ) -> None:
-        rest, waits, where = [], [], self._where()
-        fused: dict[Tensor, Weight] = {}
-        for (binding, group), counts in zip(active, counted, strict=True):
-            state = self.state[binding.parameters[0]]
-            groups = [where[p] for p in binding.parameters]
-            ready = state["step"] >= group["warmup"]
-            weights = self._fused.weights(binding, state, groups) if ready else None
-            if weights is None:
-                rest.append((binding, group))
-                waits.append(counts)
-                continue
-            fused |= weights
-            self._count_step(binding, group, counts)
-        super()._step_layers(rest, waits)
-        for group in self.param_groups if fused else ():
-            members = [(p, fused[p]) for p in group["params"] if p in fused]
-            if members:
-                self._fused.step(members, group, self.state)
 
     def _precondition(
         self, state: dict[str, Any], matrix: Tensor, recipe: Recipe, group: Group
