@@ -160,8 +160,9 @@ def update_factors(
         for layer, size in zip(layers, sizes, strict=True)
         for number in (*(tensor.data_ptr() for tensor in layer), *size)
     ]
-    programs = tables.programs(sizes, lambda: _groups([size[0] for size in sizes]), device)
-    table = tables.addresses(("factors", sizes), values, device)
+    key = ("factors", device, sizes)
+    programs = tables.programs(key, lambda: _groups([size[0] for size in sizes]), device)
+    table = tables.addresses(key, values, device)
     assert singd_triton is not None
     limit = 1.0 if rule.limit is None else rule.limit
     numbers = (rule.damping, rule.alpha, rule.beta, limit)
@@ -193,8 +194,9 @@ def step_parameters(
         momentum = 0 if buffer is None else buffer.data_ptr()
         values += (p.data_ptr(), p.grad.data_ptr(), momentum, w.across, w.along, w.rows,
                    w.columns, w.across_step, w.along_step, w.channels, w.pixels)  # fmt: skip
-    programs = tables.programs(shapes, lambda: _blocks(shapes), device)
-    table = tables.addresses(("parameters", dtype, shapes), values, device)
+    key = ("parameters", device, dtype, shapes)
+    programs = tables.programs(key, lambda: _blocks(shapes), device)
+    table = tables.addresses(key, values, device)
     assert singd_triton is not None
     numbers = (rule.lr, rule.momentum, rule.decay, rule.shrink)
     with torch.cuda.device_of(table):
