@@ -47,7 +47,7 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "3d": (lambda: nn.Conv3d(2, 3, 2), (3, 2, 4, 4, 4)),
     "3d, one offset": (lambda: nn.Conv3d(2, 3, 1), (3, 2, 4, 4, 4)),
     "circular": (lambda: nn.Conv2d(2, 3, 3, padding=1, padding_mode="circular"), (3, 2, 5, 6)),
-    "same": (lambda: nn.Conv2d(2, 3, 4, padding="same"), (3, 2, 5, 6)),
+    "same": (lambda: nn.Conv2d(2, 3, 3, padding="same"), (3, 2, 5, 6)),
     "transposed": (lambda: nn.ConvTranspose2d(4, 6, 3, stride=2, groups=2), (3, 4, 5, 4)),
     "sequences": (lambda: nn.Linear(5, 7), (3, 4, 2, 5)),
     "embedding": (Embedded, (4, 5)),
