@@ -143,6 +143,7 @@ OPTIMIZERS: dict[str, Entry] = {
     "SINGD dense T=10": _singd(10, structure="dense"),
     "SINGD block30 T=10": _singd(10, structure="block30diagonal"),
     "KFAC 10/100": _kfac(10, 100),
+    "KFAC 10/100 lag 90": _kfac(10, 100, lag=90),
     "KFAC 1/10": _kfac(1, 10),
     "KFAC newton-schulz 1/1": _kfac(1, 1, inverse="newton-schulz"),
     "EKFAC 10/100": _kfac(10, 100, ekfac=True),

@@ -43,6 +43,7 @@ OPTIMIZERS: dict[str, Entry] = {
     "SINGD dense": Entry(SINGD, SINGD_OPTIONS | {"structure": "dense"}, SLOWLY, "lr_cov"),
     "KFAC": Entry(KFAC, KFAC_OPTIONS, HEAVILY, "damping"),
     "EKFAC": Entry(KFAC, KFAC_OPTIONS | EKFAC, HEAVILY, "damping"),
+    "KFAC lag": Entry(KFAC, KFAC_OPTIONS | {"lag": 1}, HEAVILY, "damping"),
     "KFAC newton-schulz": Entry(KFAC, KFAC_OPTIONS | NEWTON, HEAVILY, "damping"),
 }
 each_optimizer = pytest.mark.parametrize("build", OPTIMIZERS.values(), ids=OPTIMIZERS)

@@ -30,6 +30,8 @@ BAD: dict[str, list[tuple[Any, type[Exception]]]] = {
           (0, ValueError), (-3, ValueError)],
     "loss_average": [("mean", ValueError), (True, ValueError), ("sequence", ValueError)],
     "T_inverse": [(1.0, TypeError), ("1", TypeError), (None, TypeError), (0, ValueError)],
+    "lag": [(1.0, TypeError), ("1", TypeError), (None, TypeError), (True, TypeError),
+            (-1, ValueError), (10, ValueError)],
     "factor_decay": [*NOT_NUMBERS, *NOT_POSITIVE, (1.0, ValueError)],
     "inverse": [("svd", ValueError), (None, ValueError), (1, ValueError)],
     "damping_mode": [("pi", ValueError), (True, ValueError), (1, ValueError)],

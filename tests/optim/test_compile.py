@@ -197,6 +197,6 @@ def test_compiled_step(digits, build):
             loss_of(net, digits, at).backward()
             take()
     assert not torch._dynamo.utils.counters["graph_break"]
-    assert 1 <= torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 4
+    assert 1 <= torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 5
     for p, q in zip(model.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-10, atol=1e-12)

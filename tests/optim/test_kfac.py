@@ -106,11 +106,12 @@ def test_damping_may_be_scheduled(digits):
 
 @pytest.mark.parametrize("structure", ["dense", "diagonal", "block5diagonal"])
 @pytest.mark.parametrize("ekfac", ["exact", "ema"])
-def test_second_moments(digits, structure, ekfac):
+@pytest.mark.parametrize("lag", [0, 1])
+def test_second_moments(digits, structure, ekfac, lag):
     """Averages of squares in the basis of the step before, carried into each new basis."""
     model = two_layers()
     options = {"ekfac": ekfac, "structure": structure, "damping": 0.2, "factor_decay": 0.7}
-    optimizer = KFAC(model, **(PLAIN | options | {"T_inverse": 2}))
+    optimizer = KFAC(model, **(PLAIN | options | {"T_inverse": 2, "lag": lag}))
     layer = model[1]
     state, moments, weight = optimizer.state[layer.weight], 0, 0.0
     recipe = optimizer._bindings[0].tap.recipe

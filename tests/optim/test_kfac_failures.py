@@ -96,6 +96,8 @@ CONFLICTS = [
     ({"ekfac": True, "fisher": "forward-only"}, "forward-only"),
     ({"exponent": 0.5, "inverse": "cholesky"}, "inverse='cholesky'"),
     ({"damping": (0.1, 0.2)}, "is a pair"),
+    ({"lag": 10}, "lag=10 must be less than T_inverse=10"),
+    ({"lag": 1, "T_inverse": 1}, "lag=1 must be less than T_inverse=1"),
     ({"stagger": True, "T_inverse": lambda step: 3}, "stagger=True"),
 ]
 

@@ -9,6 +9,8 @@ from tn_kfac.optim import checks
 from tn_kfac.optim.groups import Group
 
 State = dict[str, Any]
+NOTHING = -1
+"""In place of the step from which an inverse is used, if a layer waits for none."""
 
 
 def first_turn(at: int, layers: int, group: Group) -> int:
@@ -17,8 +19,23 @@ def first_turn(at: int, layers: int, group: Group) -> int:
 
 
 def is_due(state: State, group: Group) -> bool:
-    """Whether its turn has come, and there is anything new; if not, what is due stays due."""
+    """Whether its turn has come, and there is anything new; if not, what is due stays due.
+
+    So it does while a layer still waits for its last inverse.
+    """
+    if is_pending(state):
+        return False
     return state.get("updates", 0) > state["inverted"] and state["step"] >= _next(state, group)
+
+
+def is_pending(state: State) -> bool:
+    """Whether a layer waits for an inverse that is computed beside the training."""
+    return state.get("adopt", NOTHING) != NOTHING
+
+
+def first_use(state: State, group: Group) -> int:
+    """From which step the inverse is used that was just scheduled: at the latest with the next."""
+    return min(state["step"] + group["lag"], _next(state, group))
 
 
 def _next(state: State, group: Group) -> int:

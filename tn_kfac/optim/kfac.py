@@ -12,14 +12,14 @@ from tn_kfac.curvature import Measured, Recipe
 from tn_kfac.curvature.likelihood import loss_module
 from tn_kfac.curvature.statistics import Fisher
 from tn_kfac.optim import adaptive as adapting
-from tn_kfac.optim import checks, intervals, refresh
+from tn_kfac.optim import checks, intervals, pending, refresh
 from tn_kfac.optim.averages import update_averages, update_moments
 from tn_kfac.optim.base import KroneckerOptimizer
 from tn_kfac.optim.binding import Binding
-from tn_kfac.optim.damping import Damping, by_inverses, in_eigenbasis, to_basis
+from tn_kfac.optim.damping import by_inverses, in_eigenbasis, to_basis
 from tn_kfac.optim.groups import Group
 from tn_kfac.optim.inverses import Inverse, warm_iterations
-from tn_kfac.optim.kfac_options import adaptive_names, check_spaces, checked
+from tn_kfac.optim.kfac_options import OPTION_CHECKS, check_spaces, checked, damping_now
 from tn_kfac.optim.notice import Notice
 from tn_kfac.optim.ranks import ranks_of
 from tn_kfac.optim.singd import Structures
@@ -68,6 +68,9 @@ class KFAC(KroneckerOptimizer):
             smaller by the batch size.
         stagger: Whether layers take turns, so that no step has all inverses to compute. Until
             its first turn, a layer's factors count as multiples of I.
+        lag: Steps after which new inverses are used (a layer's first ones at once; none later than
+            the next are due), computed meanwhile on a thread and a stream of their own, at twice
+            the memory. Exact, as a step waits if it must. No CUDA graphs of such steps.
         structure: Of both factors, or a pair, by layer names if it is a mapping; "dense",
             "diagonal", "block30diagonal" and "auto", whose inverses have the same structure.
         max_dim: The most rows of a dense factor; larger ones are split into blocks of that size
@@ -93,18 +96,9 @@ class KFAC(KroneckerOptimizer):
     built_in: ClassVar[tuple[str, ...]] = (
         *KroneckerOptimizer.built_in, "inverse", "ekfac", "exponent", "max_dim",
     )  # fmt: skip
-    option_checks: ClassVar[dict[str, checks.Check]] = KroneckerOptimizer.option_checks | {
-        "damping": checks.damping,
-        "T_inverse": checks.intervals,
-        "factor_decay": lambda name, value: checks.number(name, value, below=1.0),
-        "inverse": lambda n, v: checks.one_of(n, v, ("eigh", "cholesky", "newton-schulz")),
-        "damping_mode": lambda n, v: checks.one_of(n, v, (None, "factored", "each", "exact")),
-        "ekfac": lambda n, v: checks.one_of(n, v, (False, True, "exact", "ema")),
-        "stagger": checks.flag,
-        "max_dim": checks.optional_interval,
-        "adaptive": lambda name, value: adaptive_names(value),
-        "beyond_max_dim": lambda n, v: checks.one_of(n, v, ("blocks", "diagonal")),
-    }
+    option_checks: ClassVar[dict[str, checks.Check]] = (
+        KroneckerOptimizer.option_checks | OPTION_CHECKS
+    )
 
     def __init__(
         self,
@@ -124,6 +118,7 @@ class KFAC(KroneckerOptimizer):
         exponent: float = 1,
         ekfac: bool | Literal["exact", "ema"] = False,
         stagger: bool = False,
+        lag: int = 0,
         structure: Structures | Mapping[str, Structures] = "dense",
         max_dim: int | None = 8192,
         beyond_max_dim: Literal["blocks", "diagonal"] = "blocks",
@@ -150,6 +145,7 @@ class KFAC(KroneckerOptimizer):
         apart = ("self", "model", "params", "warn_unsupported", "norms", "process_group")
         options = {key: value for key, value in given.items() if key not in (*apart, "__class__")}
         self._notice, self._adaptation = Notice(), adapting.Adaptation(model)
+        self._pending = pending.Pending(self._notice)
         super().__init__(model, params, options, warn_unsupported, norms, process_group)
         if self._options["adaptive"]:
             self._handles += self._adaptation.attach()
@@ -183,6 +179,8 @@ class KFAC(KroneckerOptimizer):
             "last_inverse": -1,
         }
         state |= refresh.new_state(self._layer(binding, state), group["inverse"], dtypes, device)
+        if group["lag"]:
+            state |= pending.new_state(state)
         if recipe.moments or group["ekfac"] == "ema":
             shape = (groups, recipe.dim_out, recipe.dim_in)
             state["moments"] = torch.zeros(shape, dtype=dtypes[1], device=device)
@@ -211,32 +209,22 @@ class KFAC(KroneckerOptimizer):
 
     def _refresh(self, active: Sequence[tuple[Binding, Group]]) -> None:
         """New inverses of all layers whose turn it is, together."""
+        layers = [(self._layer(b, self.state[b.parameters[0]]), group) for b, group in active]
+        self._pending.adopt([layer for layer, _ in layers])
         due = []
-        for binding, group in active:
-            state = self.state[binding.parameters[0]]
+        for layer, group in layers:
+            state = layer.state
             is_due = intervals.is_due(state, group)
             if not is_due and (state["inverted"] or not state.get("updates")):
                 continue
-            layer, damping = self._layer(binding, state), self._damping(state, group)
+            damping = damping_now(state, group)
             how = refresh.How(group["inverse"], group["damping_mode"], group["exponent"])
             if is_due:
                 iterations = warm_iterations(intervals.new_part(state, group))
                 due.append((layer, damping, how._replace(iterations=iterations), group))
             else:
                 refresh.isotropic(layer, damping, how)
-        refresh.refresh([entry[:3] for entry in due], self._notice)
-        for layer, _, _, group in due:
-            intervals.schedule(layer.state, group)
-
-    def _damping(self, state: dict[str, Any], group: Group) -> Damping:
-        damping: Damping | Callable[[int], float] = group["damping"]
-        if isinstance(damping, list):  # as YAML has it
-            return damping[0], damping[1]
-        if not callable(damping):
-            return damping
-        value: float = damping(state["step"])
-        checks.number("damping(step)", value)
-        return value
+        self._pending.refresh(due)
 
     def _note(self, outputs: Tensor, loss: str | nn.Module, targets: Tensor | None) -> None:
         if self._options["adaptive"]:
@@ -250,6 +238,21 @@ class KFAC(KroneckerOptimizer):
                 "them, an argument of KFAC"
             )
         super().add_param_group(param_group)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state as plain tensors and numbers, with what is computed beside; waits for it."""
+        self._pending.settle()
+        return super().state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore a state; what is computed beside is dropped."""
+        super().load_state_dict(state_dict)
+        self._pending.discard()
+
+    def close(self) -> None:
+        """Remove every hook and end the thread; the optimizer must not be used afterwards."""
+        super().close()
+        self._pending.close()
 
     def _clear(self) -> None:
         super()._clear()
@@ -288,5 +291,5 @@ class KFAC(KroneckerOptimizer):
         spaces = (recipe.input_structure, recipe.output_structure)
         if group["inverse"] != "eigh":
             return by_inverses(state, matrix, spaces)
-        options = (group["damping_mode"], self._damping(state, group), group["exponent"])
+        options = (group["damping_mode"], damping_now(state, group), group["exponent"])
         return in_eigenbasis(state, matrix, spaces, *options)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
 
 from tn_kfac.curvature import Recipe
+from tn_kfac.optim import checks
 from tn_kfac.optim.adaptive import ADAPTIVE
 from tn_kfac.optim.binding import Binding
+from tn_kfac.optim.damping import Damping
 from tn_kfac.optim.groups import Group
 from tn_kfac.structures import Dense, Limited, Structure
 
@@ -35,6 +38,21 @@ def checked(options: Group) -> Group:
     return options
 
 
+OPTION_CHECKS: dict[str, checks.Check] = {
+    "damping": checks.damping,
+    "T_inverse": checks.intervals,
+    "lag": lambda name, value: checks.interval(name, value, least=0),
+    "factor_decay": lambda name, value: checks.number(name, value, below=1.0),
+    "inverse": lambda n, v: checks.one_of(n, v, ("eigh", "cholesky", "newton-schulz")),
+    "damping_mode": lambda n, v: checks.one_of(n, v, (None, "factored", "each", "exact")),
+    "ekfac": lambda n, v: checks.one_of(n, v, (False, True, "exact", "ema")),
+    "stagger": checks.flag,
+    "max_dim": checks.optional_interval,
+    "adaptive": lambda name, value: adaptive_names(value),
+    "beyond_max_dim": lambda n, v: checks.one_of(n, v, ("blocks", "diagonal")),
+}
+
+
 def adaptive_names(value: Any) -> tuple[str, ...]:
     """Which hyper-parameters are adaptive.
 
@@ -50,7 +68,7 @@ def adaptive_names(value: Any) -> tuple[str, ...]:
 
 def _conflicts(options: Group) -> list[tuple[bool, str]]:
     inverse, mode, ekfac = options["inverse"], options["damping_mode"], options["ekfac"]
-    pair = isinstance(options["damping"], (tuple, list))
+    pair, interval = isinstance(options["damping"], (tuple, list)), options["T_inverse"]
     return [
         (
             mode == "exact" and inverse != "eigh",
@@ -80,6 +98,11 @@ def _conflicts(options: Group) -> list[tuple[bool, str]]:
         (
             options["stagger"] and callable(options["T_inverse"]),
             "stagger=True needs T_inverse as an integer, got a callable: it can stagger itself",
+        ),
+        (
+            isinstance(interval, int) and options["lag"] >= interval,
+            f"lag={options['lag']} must be less than T_inverse={interval}, when the next inverses "
+            "are computed: choose a smaller lag, or lag=0",
         ),
     ]
 
@@ -112,6 +135,18 @@ def _of_adaptive(options: Group) -> list[tuple[bool, str]]:
             f"{options['weight_decay']!r}: leave it out",
         ),
     ]
+
+
+def damping_now(state: dict[str, Any], group: Group) -> Damping:
+    """A layer's damping in this step."""
+    damping: Damping | Callable[[int], float] = group["damping"]
+    if isinstance(damping, list):  # as YAML has it
+        return damping[0], damping[1]
+    if not callable(damping):
+        return damping
+    value: float = damping(state["step"])
+    checks.number("damping(step)", value)
+    return value
 
 
 def _limit(chosen: Any, name: str) -> Any:

@@ -5,7 +5,7 @@ What cannot be decomposed leaves its channel group as it was.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -47,18 +47,102 @@ class How(NamedTuple):
     exponent: float
     iterations: int = 0
 
+    @property
+    def inversion(self) -> tuple[Inverse, float, int]:
+        """What `inverses` takes."""
+        return self.inverse, self.exponent, self.iterations
 
-def refresh(due: Sequence[tuple[Layer, Damping, How]], notice: Notice) -> None:
-    """Decompose the factors of all layers; those that are treated alike in the same calls."""
+
+class Task(NamedTuple):
+    """Factors that are decomposed in the same calls, as they are now."""
+
+    how: How
+    layers: tuple[Layer, ...]
+    requests: list[Request]
+    """Of A and G of each layer. Newton-Schulz reads the last inverses in the states; what else is
+    here is a copy of theirs."""
+    fits: list[Tensor]
+    """Whether a layer's averages hold anything, (1)."""
+
+
+Found = list[tuple[tuple[Tensor, ...], Tensor]]
+"""For each request its values and basis, or its inverse, and where these are finite, (groups)."""
+
+
+def tasks(due: Sequence[tuple[Layer, Damping, How]]) -> list[Task]:
+    """What is to be decomposed; layers that are treated alike together."""
     together: dict[How, list[tuple[Layer, Damping]]] = {}
     for layer, damping, how in due:
         together.setdefault(how, []).append((layer, damping))
+    found = []
     for how, pairs in together.items():
         layers, dampings = zip(*pairs, strict=True)
-        if how.inverse == "eigh":
-            refresh_eigenbases(layers, notice)
-        else:
-            refresh_inverses(layers, dampings, how, notice)
+        eigen = how.inverse == "eigh"
+        requests = _averages(layers) if eigen else _damped(layers, dampings, how)
+        fits = [layer.state["weight"] > 0 for layer in layers]
+        found.append(Task(how, layers, requests, fits))
+    return found
+
+
+def decompose(requests: Sequence[Request], how: How) -> Found:
+    """Decompose all factors; states are neither read nor changed."""
+    if how.inverse == "eigh":
+        parts: list[tuple[Tensor, ...]] = list(eigen(requests))
+    else:
+        parts = [(inverse,) for inverse in inverses(requests, *how.inversion)]
+    return [(part, _finite(part)) for part in parts]
+
+
+def _finite(part: Sequence[Tensor]) -> Tensor:
+    """For which channel groups all tensors are finite."""
+    return torch.stack([tensor.abs().flatten(1).amax(-1).isfinite() for tensor in part]).all(0)
+
+
+def refresh(due: Sequence[tuple[Layer, Damping, How]], notice: Notice) -> None:
+    """Decompose the factors of all layers, and use what was found."""
+    for task in tasks(due):
+        hand_out(task, decompose(task.requests, task.how), notice, adopt)
+
+
+def hand_out(
+    task: Task, found: Found, notice: Notice, take: Callable[[Layer, State], object]
+) -> None:
+    """Let `take` have each layer's new tensors: where they do not fit, the old ones."""
+    names = [f"{side} of {layer.name!r}" for layer in task.layers for side in SIDES]
+    fitting = iter(notice.watch(names, [fits for _, fits in found]))
+    parts = iter(part for part, _ in found)
+    for layer, filled in zip(task.layers, task.fits, strict=True):
+        new = {}
+        for side in SIDES:
+            fits = next(fitting) & filled
+            for key, tensor in zip(_keys(layer.state, side), next(parts), strict=True):
+                new[key] = _where(fits, tensor, layer.state[key])
+        take(layer, new)
+
+
+def adopt(layer: Layer, new: Mapping[str, Tensor]) -> None:
+    """Use a layer's new tensors from now on."""
+    state = layer.state
+    if "moments" in state:
+        overlaps = [
+            _squared_overlap(space, new[f"{side}_basis"], state[f"{side}_basis"])
+            for side, space in zip(SIDES, layer.spaces, strict=True)
+        ]
+        moments = from_basis(state["moments"], layer.spaces, (overlaps[0], overlaps[1]))
+        state["moments"].copy_(moments)
+    for key, tensor in new.items():
+        state[key].copy_(tensor)
+
+
+def inverse_keys(state: State) -> list[str]:
+    """Under which names a layer's state has its inverse."""
+    return [key for side in SIDES for key in _keys(state, side)]
+
+
+def _keys(state: State, side: str) -> tuple[str, ...]:
+    """Those of one factor: of its eigenvalues and its basis, or of its inverse."""
+    eigen = f"{side}_basis" in state
+    return (f"{side}_values", f"{side}_basis") if eigen else (f"{side}_inverse",)
 
 
 def new_state(
@@ -76,35 +160,6 @@ def new_state(
     return state
 
 
-def refresh_eigenbases(layers: Sequence[Layer], notice: Notice) -> None:
-    """Decompose all factors."""
-    requests = [
-        Request(layer.spaces[side], (layer.average(side),)) for layer in layers for side in (0, 1)
-    ]
-    found = eigen(requests)
-    fits = [
-        torch.isfinite(values).all(-1) & torch.isfinite(request.space.largest(basis))
-        for request, (values, basis) in zip(requests, found, strict=True)
-    ]
-    fitting = iter(notice.watch(_names(layers), fits))
-    results = iter(found)
-    for layer in layers:
-        state, overlaps = layer.state, []
-        for side, space in zip(SIDES, layer.spaces, strict=True):
-            (values, basis), fits_now = next(results), next(fitting) & (state["weight"] > 0)
-            old = state[f"{side}_basis"].clone()
-            _replace(state[f"{side}_values"], values, fits_now)
-            _replace(state[f"{side}_basis"], basis, fits_now)
-            if "moments" in state:
-                overlaps.append(_squared_overlap(space, state[f"{side}_basis"], old))
-        if overlaps:
-            state["moments"].copy_(from_basis(state["moments"], layer.spaces, tuple(overlaps)))
-
-
-def _names(layers: Sequence[Layer]) -> list[str]:
-    return [f"{side} of {layer.name!r}" for layer in layers for side in SIDES]
-
-
 def _squared_overlap(space: Structure, new: Tensor, old: Tensor) -> Tensor:
     """(newᵀ old)², entry by entry: it takes a diagonal in the old basis to that in the new.
 
@@ -115,10 +170,14 @@ def _squared_overlap(space: Structure, new: Tensor, old: Tensor) -> Tensor:
     return space.from_blocks([(left.mT @ right).square() for left, right in pairs])
 
 
-def refresh_inverses(
-    layers: Sequence[Layer], dampings: Sequence[Damping], how: How, notice: Notice
-) -> None:
-    """Invert all damped factors."""
+def _averages(layers: Sequence[Layer]) -> list[Request]:
+    return [
+        Request(layer.spaces[side], (layer.average(side),)) for layer in layers for side in (0, 1)
+    ]
+
+
+def _damped(layers: Sequence[Layer], dampings: Sequence[Damping], how: How) -> list[Request]:
+    """The damped factors, and the last inverses for Newton-Schulz."""
     requests = []
     for layer, damping in zip(layers, dampings, strict=True):
         added = shifts(how.mode, damping, (layer.mean(0), layer.mean(1)))
@@ -130,18 +189,7 @@ def refresh_inverses(
             requests.append(
                 Request(space, (damped,) if how.inverse == "cholesky" else (damped, last))
             )
-    found = inverses(requests, how.inverse, how.exponent, how.iterations)
-    fits = [
-        torch.isfinite(request.space.largest(inverse))
-        for request, inverse in zip(requests, found, strict=True)
-    ]
-    results = zip(found, notice.watch(_names(layers), fits), strict=True)
-    for layer in layers:
-        for side in SIDES:
-            inverse, fits_now = next(results)
-            _replace(
-                layer.state[f"{side}_inverse"], inverse, fits_now & (layer.state["weight"] > 0)
-            )
+    return requests
 
 
 def isotropic(layer: Layer, damping: Damping, how: How) -> None:
@@ -163,5 +211,10 @@ def isotropic(layer: Layer, damping: Damping, how: How) -> None:
 
 def _replace(old: Tensor, new: Tensor, fits: Tensor) -> None:
     """Write `new` over `old` for the channel groups where it fits."""
+    old.copy_(_where(fits, new, old))
+
+
+def _where(fits: Tensor, new: Tensor, old: Tensor) -> Tensor:
+    """`new` for the channel groups where it fits, elsewhere `old`."""
     fits = fits.reshape(-1, *(1 for _ in new.shape[1:]))
-    old.copy_(torch.where(fits, new.to(old.dtype), old))
+    return torch.where(fits, new.to(old.dtype), old)
