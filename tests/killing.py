@@ -75,11 +75,12 @@ def main(folder, kills, seed, arguments):
         writing = attempt % 3 == 2
         child = start(arguments, folder / "killed", draw.randint(1, 2) if writing else 0)
         if not writing:
-            time.sleep(draw.uniform(0.2, 0.9) * duration)
+            time.sleep(draw.uniform(0.1, 0.7) * duration)
             os.kill(child, signal.SIGKILL)
         if died(child):
             done += 1
-            print(f"kill {done}: {'within a checkpoint' if writing else 'at random'}")
+            when = f"{time.perf_counter() - begun:.1f} s"
+            print(f"kill {done} at {when}: {'within a checkpoint' if writing else 'at random'}")
         else:  # it had finished: begin anew
             (folder / "killed" / "checkpoints" / "last.ckpt").unlink()
     assert not died(start(arguments, folder / "killed"))

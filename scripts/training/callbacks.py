@@ -6,9 +6,11 @@ from time import perf_counter
 from typing import Any
 
 import torch
-from jsonargparse.typing import NonNegativeInt
 from lightning import Callback, LightningModule, Trainer
 from torch import Tensor
+from torch.nn.utils import get_total_norm
+
+from training.types import NonNegativeInt
 
 FACTORS = ("K", "C", "A", "G")
 
@@ -19,7 +21,9 @@ class Speed(Callback):
     def __init__(self) -> None:
         self.begun, self.images = 0.0, 0
 
-    def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
         if self.images == 0:
             self.begun = perf_counter()
 
@@ -54,16 +58,20 @@ class Curvature(Callback):
     def __init__(self, every_n_steps: NonNegativeInt = 0) -> None:
         self.every_n_steps, self.before = every_n_steps, []
 
-    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+    def on_before_optimizer_step(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
         if self.every_n_steps and (trainer.global_step + 1) % self.every_n_steps == 0:
             self.before = [p.detach().clone() for p in pl_module.parameters()]
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         if not self.before:
             return
         after = [p.detach() for p in pl_module.parameters()]
-        step = _norm(torch._foreach_sub(after, self.before))
-        values = {"update/norm": step, "update/relative": step / _norm(self.before)}
+        step = get_total_norm([new - old for new, old in zip(after, self.before, strict=True)])
+        values = {"update/norm": step, "update/relative": step / get_total_norm(self.before)}
         self.before = []
         pl_module.log_dict(values | factor_values(trainer.optimizers[0]))
 
@@ -87,7 +95,3 @@ def factor_values(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 def _diagonal(factor: Tensor) -> Tensor:
     square = factor.ndim >= 2 and factor.shape[-1] == factor.shape[-2]
     return factor.diagonal(dim1=-2, dim2=-1) if square else factor
-
-
-def _norm(tensors: Any) -> Tensor:
-    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(tensors)))

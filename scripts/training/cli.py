@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from jsonargparse import ArgumentError
 from lightning import Trainer
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 # Imported so that `--data=Glyphs` finds them by name.
 from training import digits, folder, glyphs, synthetic  # noqa: F401
@@ -59,9 +59,8 @@ class Cli(LightningCLI):
         config = self._get(self.config_init, "trainer")
         root = config["default_root_dir"]
         if config["logger"] in (None, True):
-            kwargs["logger"] = [CSVLogger(root, "csv")]
-            if find_spec("tensorboard"):
-                kwargs["logger"].append(TensorBoardLogger(root, "tensorboard"))
+            boards = [TensorBoardLogger(root, "tensorboard")] if find_spec("tensorboard") else []
+            kwargs["logger"] = [CSVLogger(root, "csv"), *boards]
         if "fsdp" not in str(config["strategy"]).lower():  # which writes checkpoints in its own way
             kwargs["plugins"] = [*_as_list(config["plugins"]), AtomicCheckpointIO()]
         best = ModelCheckpoint(

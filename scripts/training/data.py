@@ -6,11 +6,11 @@ from abc import abstractmethod
 from typing import Any
 
 import torch
-from jsonargparse.typing import NonNegativeInt, PositiveInt
 from lightning import LightningDataModule
 from torch.utils.data import DataLoader
 
 from training.loader import Loader, Share
+from training.types import NonNegativeInt, PositiveInt
 
 
 class Images(LightningDataModule):
@@ -33,6 +33,8 @@ class Images(LightningDataModule):
         super().__init__()
         self.batch_size, self.workers, self.seed = batch_size, workers, seed
         self.parts: tuple[Any, Any] | None = None
+        self.loader: Loader | None = None
+        self.resumed: dict[str, int] | None = None
 
     @abstractmethod
     def load(self) -> tuple[Any, Any]:
@@ -44,7 +46,24 @@ class Images(LightningDataModule):
 
     def train_dataloader(self) -> DataLoader:
         assert self.parts is not None
-        return Loader(self.parts[0], self.batch_size, self.seed, *self._ranks(), **self._options())
+        options = self._options()
+        self.loader = Loader(self.parts[0], self.batch_size, self.seed, *self._ranks(), **options)
+        if self.resumed is not None:
+            self.loader.load_state_dict(self.resumed)
+        return self.loader
+
+    def state_dict(self) -> dict[str, int]:
+        return {} if self.loader is None else self.loader.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Go on after the batches of a checkpoint.
+
+        (Lightning 2.6 keeps the loader's state itself, but does not load it where the number
+        of steps was asked for first, as for a learning rate.)
+        """
+        self.resumed = state_dict
+        if self.loader is not None:
+            self.loader.load_state_dict(state_dict)
 
     def val_dataloader(self) -> DataLoader:
         assert self.parts is not None

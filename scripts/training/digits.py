@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import torch
-from jsonargparse.typing import NonNegativeInt, OpenUnitInterval, PositiveInt
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
 from training.data import Held, Images
+from training.types import NonNegativeInt, OpenUnitInterval, PositiveInt
 
 
 class Digits(Images):

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from jsonargparse.typing import ClosedUnitInterval, NonNegativeInt, PositiveInt
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
 from training.data import Images
+from training.types import ClosedUnitInterval, NonNegativeInt, PositiveInt
 
 MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 LAYOUT = "expected ROOT/train/CLASS/IMAGE.jpg and ROOT/val/CLASS/IMAGE.jpg with the same classes"
@@ -81,7 +81,7 @@ class Folder(Images):
 
     def train_transform(self) -> Any:
         """Random crop and flip, the policy, normalisation, erasing."""
-        policies: dict[Policy, type] = {
+        policies: dict[str, type] = {
             "autoaugment": v2.AutoAugment,
             "randaugment": v2.RandAugment,
             "trivialaugment": v2.TrivialAugmentWide,

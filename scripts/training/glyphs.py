@@ -9,12 +9,12 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import torch
-from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveInt
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torchvision.transforms.v2 import RandomAffine
 
 from training.data import Images
+from training.types import NonNegativeFloat, NonNegativeInt, PositiveInt
 
 CHARACTERS = string.digits + string.ascii_letters
 FONTS = ("DejaVuSans[!D]*.ttf", "DejaVuSerif[!D]*.ttf", "STIXGeneral*.ttf")
@@ -47,7 +47,7 @@ class Bent:
 
     def __init__(self, count: int, size: int, noise: float) -> None:
         self.count, self.noise, self.glyphs = count, noise, render(size)
-        self.bend = RandomAffine(25, (0.12, 0.12), (0.6, 1.1), (-15, 15, -15, 15))
+        self.bend = RandomAffine([-25, 25], (0.12, 0.12), (0.6, 1.1), [-15, 15, -15, 15])
 
     def __len__(self) -> int:
         return self.count

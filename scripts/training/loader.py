@@ -31,7 +31,13 @@ class Batches(Sampler[list[tuple[int, int]]]):
     """
 
     def __init__(
-        self, count: int, batch_size: int, seed: int, rank: int, ranks: int, start: Callable[[], int]
+        self,
+        count: int,
+        batch_size: int,
+        seed: int,
+        rank: int,
+        ranks: int,
+        start: Callable[[], int],
     ) -> None:
         self.count, self.batch_size, self.seed = count, batch_size, seed
         self.rank, self.ranks, self.start = rank, ranks, start

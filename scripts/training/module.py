@@ -4,8 +4,8 @@
 from typing import Any
 
 import torch
-from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, NonNegativeInt, PositiveInt
 from lightning import LightningModule
+from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torchvision.transforms.v2 import CutMix, MixUp, RandomChoice
@@ -14,6 +14,7 @@ from training import models, optimizers
 from training.optimizers import OptimizerChoice
 from training.schedules import Schedule
 from training.seeds import mix
+from training.types import ClosedUnitInterval, NonNegativeFloat, NonNegativeInt, PositiveInt
 
 SGD, COSINE = OptimizerChoice(), Schedule()
 
@@ -61,8 +62,13 @@ class Classifier(LightningModule):
         if compile:
             self.network.compile()
         self.loss = nn.CrossEntropyLoss(label_smoothing=label_smoothing)
-        mixes = [kind(alpha=a, num_classes=num_classes) for kind, a in ((MixUp, mixup), (CutMix, cutmix)) if a]
+        mixes = [
+            kind(alpha=a, num_classes=num_classes)
+            for kind, a in ((MixUp, mixup), (CutMix, cutmix))
+            if a
+        ]
         self.mix_images = RandomChoice(mixes) if mixes else None
+        self.to_measure: tuple[Tensor, Tensor] | None = None
         self.sums = torch.zeros(4, dtype=torch.float64)  # loss, top-1, top-5, images
 
     def forward(self, images: Tensor) -> Tensor:
@@ -78,11 +84,18 @@ class Classifier(LightningModule):
         logits = self(images.contiguous(memory_format=self.layout))
         loss = self.loss(logits.float(), targets)
         if self.choice.wants_outputs:
-            self.trainer.optimizers[0].curvature(logits, self.loss, targets)  # type: ignore[attr-defined]
+            self.to_measure = (logits, targets)
         accuracy = (logits.detach().argmax(1) == labels).float().mean()
         self.log("train/loss", loss.detach(), prog_bar=True)
         self.log("train/top1", accuracy, prog_bar=True)
         return loss
+
+    def on_before_backward(self, loss: Tensor) -> None:
+        """Measure curvature: not earlier, for Lightning zeroes gradients after the forward pass."""
+        if self.to_measure is not None:
+            logits, targets = self.to_measure
+            self.trainer.optimizers[0].curvature(logits, self.loss, targets)  # type: ignore[attr-defined]
+            self.to_measure = None
 
     def on_validation_epoch_start(self) -> None:
         self.sums = torch.zeros(4, dtype=torch.float64)
@@ -96,11 +109,17 @@ class Classifier(LightningModule):
         self.sums += torch.stack([value.to("cpu", torch.float64) for value in sums])
 
     def on_validation_epoch_end(self) -> None:
-        sums = self.trainer.strategy.reduce(self.sums.to(self.device, torch.float32), reduce_op="sum")
+        sums = self.trainer.strategy.reduce(
+            self.sums.to(self.device, torch.float32), reduce_op="sum"
+        )
         loss, top1, top5, images = torch.as_tensor(sums).tolist()
         part = "test" if self.trainer.testing else "val"
         self.log_dict(
-            {f"{part}/loss": loss / images, f"{part}/top1": top1 / images, f"{part}/top5": top5 / images},
+            {
+                f"{part}/loss": loss / images,
+                f"{part}/top1": top1 / images,
+                f"{part}/top5": top5 / images,
+            },
             prog_bar=True,
             rank_zero_only=False,
             sync_dist=False,
@@ -109,6 +128,25 @@ class Classifier(LightningModule):
     on_test_epoch_start = on_validation_epoch_start
     test_step = validation_step
     on_test_epoch_end = on_validation_epoch_end
+
+    def configure_gradient_clipping(
+        self, optimizer: Any, gradient_clip_val: Any = None, gradient_clip_algorithm: Any = None
+    ) -> None:
+        """As Lightning, which refuses to clip in mixed precision for optimizers that can unscale.
+
+        SINGD and KFAC can, but need not: `GradScaler.unscale_` before them is understood.
+        """
+        precision = self.trainer.precision_plugin
+        own = getattr(optimizer, "_step_supports_amp_scaling", False)
+        if not (gradient_clip_val and own and isinstance(precision, MixedPrecision)):
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+            return
+        if precision.scaler is not None:
+            precision.scaler.unscale_(optimizer)
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        by_value = gradient_clip_algorithm == "value"
+        clip = nn.utils.clip_grad_value_ if by_value else nn.utils.clip_grad_norm_
+        clip(parameters, gradient_clip_val)
 
     def configure_optimizers(self) -> Any:
         optimizer = optimizers.build(self.choice, self.network)

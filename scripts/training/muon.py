@@ -19,8 +19,9 @@ def matrices(network: nn.Module) -> set[nn.Parameter]:
 
 
 class MuonAdamW(torch.optim.Optimizer):
-    """Two optimizers that share one list of groups and one state, so that schedules,
-    checkpoints and Lightning see a single one.
+    """Two optimizers with one list of groups and one state.
+
+    So schedules, checkpoints and Lightning see a single one.
 
     Args:
         model: The network.
@@ -59,7 +60,7 @@ class MuonAdamW(torch.optim.Optimizer):
             Muon(inner, lr, weight_decay, momentum, nesterov, adjust_lr_fn=adjust_lr_fn)
         ]
         if others:
-            self.parts.append(AdamW(others, lr, tuple(betas), weight_decay=weight_decay))
+            self.parts.append(AdamW(others, lr, (betas[0], betas[1]), weight_decay=weight_decay))
         super().__init__([group for part in self.parts for group in part.param_groups], {})
         self._share()
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import torch
-from jsonargparse.typing import NonNegativeInt, PositiveInt
 
 from training.data import Images
 from training.seeds import mix
+from training.types import NonNegativeInt, PositiveInt
 
 
 class Noise:
