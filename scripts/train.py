@@ -1,4 +1,4 @@
-"""Train a network: `python scripts/train.py fit --config configs/digits_singd.yaml`.
+"""Train a network: `python scripts/train.py fit --config configs/train/digits_singd.yaml`.
 
 Logs and checkpoints go to `trainer.default_root_dir`; `--ckpt_path last` resumes.
 `fit --help` lists the options, each of which is also a YAML key; `fit --print_config`

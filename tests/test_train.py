@@ -12,7 +12,9 @@ import yaml
 
 pytest.importorskip("lightning", reason="lightning is not installed")
 
+from training import models
 from training.cli import main
+from training.optimizers import OptimizerChoice, build
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*does not have many workers",
@@ -22,6 +24,7 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:.*treespec.*:FutureWarning",
     "ignore::DeprecationWarning",  # of jsonargparse and Lightning among themselves
     "ignore:The dirpath has changed",
+    "ignore:.*callbacks used to create the checkpoint",  # to validate, without them
     "ignore:.*estimated_stepping_batches.*",
 )
 ROOT = Path(__file__).resolve().parents[1]
@@ -280,7 +283,7 @@ def test_refused_checkpoints(run, tmp_path, capsys):
 
 def killed(tmp_path, kills, seed):
     """Kill a run so many times; whether its final weights are those of an uninterrupted one."""
-    config = ROOT / "configs" / "train_digits_singd.yaml"
+    config = ROOT / "configs" / "train" / "digits_singd.yaml"
     arguments = ["fit", f"--config={config}", *QUIET, "--model.options={width: 8, dropout: 0.2}"]
     arguments += ["--trainer.max_epochs=2", "--checkpoint.every_n_steps=5", "--model.mixup=0.2"]
     arguments += ["--trainer.num_sanity_val_steps=0"]
@@ -314,7 +317,7 @@ def test_killed_runs_end_with_the_same_weights(kills, tmp_path):
     assert not list((tmp_path / "killed" / "checkpoints").glob(".*.part"))
 
 
-CONFIGS = sorted((ROOT / "configs").glob("*/*.yaml")) + sorted((ROOT / "configs").glob("train_*"))
+CONFIGS = sorted((ROOT / "configs").glob("*/*.yaml"))
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
@@ -322,3 +325,5 @@ def test_configurations_parse(path, tmp_path, capsys):
     with pytest.raises(SystemExit) as end:
         main(["fit", f"--config={path}", "--print_config"])
     assert end.value.code in (0, None), capsys.readouterr().err
+    chosen = OptimizerChoice(**yaml.safe_load(path.read_text())["model"]["optimizer"])
+    build(chosen, models.build("small/cnn", 10, 1, {}))  # its options are right

@@ -88,6 +88,11 @@ class Last(ModelCheckpoint):
             dirpath=folder, save_last=True, save_top_k=0, every_n_train_steps=every_n_steps
         )
 
+    @property
+    def state_key(self) -> str:
+        """Without the interval, so that a run may go on with another."""
+        return "Last"
+
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self._should_skip_saving_checkpoint(trainer):
             self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
