@@ -88,7 +88,7 @@ def main(folder, kills, seed, arguments):
 
 
 if __name__ == "__main__":
-    import torch  # noqa: F401  # before the forks, so that each need not
+    import torch._dynamo  # noqa: F401  # before the forks, so that each need not
 
     import training.cli  # noqa: F401
 

@@ -286,7 +286,7 @@ def killed(tmp_path, kills, seed):
     config = ROOT / "configs" / "train" / "digits_singd.yaml"
     arguments = ["fit", f"--config={config}", *QUIET, "--model.options={width: 8, dropout: 0.2}"]
     arguments += ["--trainer.max_epochs=2", "--checkpoint.every_n_steps=5", "--model.mixup=0.2"]
-    arguments += ["--trainer.num_sanity_val_steps=0"]
+    arguments += ["--trainer.num_sanity_val_steps=0", "--trainer.logger=false"]
     done = subprocess.run(
         [
             sys.executable,
