@@ -94,6 +94,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             subclass_mode_data=True,
             args=given,
             seed_everything_default=0,
+            auto_configure_optimizers=False,
             trainer_defaults=DEFAULTS,
             parser_kwargs={"exit_on_error": False},
             save_config_kwargs={"overwrite": True},
