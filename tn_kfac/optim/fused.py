@@ -9,7 +9,6 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections import defaultdict
 from collections.abc import Sequence
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -167,9 +166,7 @@ def _last(p: Tensor) -> torch.memory_format:
 class FusedOptimizer(KroneckerOptimizer):
     """An optimizer that updates and uses diagonal factors as SINGD does, at once where it can."""
 
-    @cached_property
-    def _fused(self) -> Fused:
-        return Fused()
+    _fused: Fused
 
     @abstractmethod
     def _beta(self, state: State, group: Group) -> float:

@@ -19,7 +19,7 @@ from tn_kfac.optim.factor_update import (
     riemannian_gradient,
     update_factor,
 )
-from tn_kfac.optim.fused import FusedOptimizer
+from tn_kfac.optim.fused import Fused, FusedOptimizer
 from tn_kfac.optim.groups import Group
 from tn_kfac.structures import Spec
 
@@ -199,6 +199,7 @@ class SINGD(FusedOptimizer):
             "fallback_lr": fallback_lr,
             "fallback_weight_decay": fallback_weight_decay,
         }
+        self._fused = Fused()
         super().__init__(model, params, options, warn_unsupported, norms, process_group)
 
     def _new_state(self, binding: Binding, group: Group, device: torch.device) -> dict[str, Any]:

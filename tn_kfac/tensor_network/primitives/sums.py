@@ -42,7 +42,7 @@ def sum_squares(node: SquareSum, sizes: Sizes, tensor_of: Materialise) -> Tensor
     scale = float(node.scale)
     if not dims:
         return _scaled(x * x, scale)
-    if x.is_cuda and _is_mean(x, dims, node.scale):
+    if _is_mean(x, dims, node.scale):
         return _squared(x).mean(dims).to(x.dtype)
     if x.is_cuda and not x.is_complex():
         exact = torch.promote_types(x.dtype, torch.float32)
