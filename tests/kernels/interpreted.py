@@ -12,22 +12,33 @@ import torch
 
 ON = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() and not ON else "cpu"
-needs_kernels = pytest.mark.skipif(
-    DEVICE == "cpu" and not ON, reason="needs a GPU, or TRITON_INTERPRET=1 from the start"
-)
+WHY = "needs a GPU, or TRITON_INTERPRET=1 from the start"
+needs_kernels = pytest.mark.skipif(DEVICE == "cpu" and not ON, reason=WHY)
 
 
 def run_interpreted(file: str) -> None:
     """Run the tests of a file that need kernels in the interpreter."""
     pytest.importorskip("triton", reason="Triton is not installed")
-    command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "-n", "0", file]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-v",
+        "-rs",
+        "-p",
+        "no:cacheprovider",
+        "-n",
+        "0",
+        file,
+    ]
     done = subprocess.run(
-        [*command, "-k", "not interpreter and not compiles"],
+        [*command, "-k", "not interpreter and not compiles", file],
         env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True, timeout=400,
         cwd=Path(__file__).parents[2],
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     assert "passed" in done.stdout, done.stdout
+    assert WHY not in done.stdout, done.stdout  # nothing that needs kernels was skipped
 
 
 def run_script(script: str) -> None:

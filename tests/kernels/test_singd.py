@@ -91,7 +91,8 @@ def compare(model: nn.Module, given: dict[str, Any], monkeypatch: pytest.MonkeyP
     for name, expected in plain.items():
         scale = expected.abs().max().clamp(min=1e-3)
         difference = (found[name] - expected).abs().max() / scale
-        assert difference < tolerance, (name, difference.item())
+        least = tolerance if expected.dtype == dtype else 2e-3  # factors stay in float32
+        assert difference < least, (name, difference.item())
 
 
 @needs_kernels

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from tn_kfac.curvature.fisher import measure_fisher
 from tn_kfac.curvature.likelihood import loss_module
+from tn_kfac.curvature.scope import ForwardScope
 from tn_kfac.curvature.sites import Site, find_sites, untold
 from tn_kfac.curvature.statistics import Factors, Fisher, LossAverage, Recipe
-from tn_kfac.curvature.tap import OF_THE_LOSS, ForwardScope, LayerTap
+from tn_kfac.curvature.tap import OF_THE_LOSS, LayerTap
 from tn_kfac.structures import Spec, structure
 from tn_kfac.tensor_network.convolution import require_int
 from tn_kfac.tensor_network.rows import Approx
@@ -183,8 +184,9 @@ def _measure(
 def _add(sums: dict[str, list[Tensor]], taps: Mapping[str, LayerTap], average: LossAverage) -> None:
     """Add a batch's statistics, with gradients of each example's own loss, and clear the taps."""
     for name, tap in taps.items():
-        if tap.parts is not None:
-            A, G, counts = tap.parts
+        parts = tap.parts
+        if parts is not None:
+            A, G, counts = parts
             if tap.recipe.fisher == "empirical" and average is not None:
                 G = G * counts[1] ** 2  # the loss of the batch is a mean over these terms
             old = sums.get(name)

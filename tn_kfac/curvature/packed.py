@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from tn_kfac.curvature.statistics import Recipe
+from tn_kfac.kernels.available import available
 from tn_kfac.kernels.diagonals import COUNTERS, Request, diagonals
-from tn_kfac.kernels.singd import available
 from tn_kfac.layers.base import Saved
 
 
@@ -29,22 +29,14 @@ class PackedStatistics:
         recipe = self.recipe
         if dtype != torch.float32 or not recipe.has_weight or not available(gradient.device):
             return None
-        layer = recipe.layer
-        samples, positions = layer.counts(gradient.shape)
-        scale = 1.0
-        terms = samples * positions if recipe.loss_average == "batch+sequence" else samples
-        if recipe.every > 1 and samples:
-            start = turn % min(recipe.every, samples)
-            saved, gradient = layer.thinned(saved, gradient, start, recipe.every)
-            measured, _ = layer.counts(gradient.shape)
-            scale = samples / measured if measured else 1.0
-        windows = layer.windows(saved, gradient)
+        terms = float(recipe.terms(gradient.shape, first_use))
+        saved, gradient, share = recipe.thinned(saved, gradient, turn)
+        windows = recipe.layer.windows(saved, gradient)
         if windows is None:
             return None
         x, axes, v = windows
-        counted = first_use and recipe.fisher == "empirical"
-        request = Request(axes, layer.groups, recipe.approx == "reduce", recipe.has_bias,
-                          float(terms if counted else 0), scale)  # fmt: skip
+        reduce, bias = recipe.approx == "reduce", recipe.has_bias
+        request = Request(axes, recipe.layer.groups, reduce, bias, terms, share)
         if self._counters is None or self._counters.device != x.device:
             self._counters = torch.zeros(COUNTERS, dtype=torch.int32, device=x.device)
         return diagonals(x, v, request, self._counters)

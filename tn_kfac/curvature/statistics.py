@@ -142,6 +142,22 @@ class Recipe:
         parts = held[0].split([prod(shape) for shape in shapes])
         return tuple(part.view(shape) for part, shape in zip(parts, shapes, strict=True))
 
+    def terms(self, gradient: torch.Size, first_use: bool) -> int:
+        """The loss terms that a call with an output gradient of this shape counts."""
+        samples, positions = self.layer.counts(gradient)
+        if not first_use or self.fisher != "empirical":
+            return 0
+        return samples * positions if self.loss_average == "batch+sequence" else samples
+
+    def thinned(self, saved: Saved, gradient: Tensor, turn: int) -> tuple[Saved, Tensor, float]:
+        """The samples of a call that are measured, and how many times as many there are."""
+        samples, _ = self.layer.counts(gradient.shape)
+        if self.every > 1 and samples:
+            start = turn % min(self.every, samples)
+            saved, gradient = self.layer.thinned(saved, gradient, start, self.every)
+        measured, _ = self.layer.counts(gradient.shape)
+        return saved, gradient, samples / measured if measured < samples else 1.0
+
     def normalise(self, A: Tensor, G: Tensor, counts: Tensor, basis: Basis = None) -> Factors:
         """Factors from summed statistics: A over its rows, G by the terms of the loss.
 
@@ -201,17 +217,14 @@ def statistics(
         turn: Which sample of each `recipe.every` is measured.
     """
     layer, ask = recipe.layer, recipe.ask(dtype)
-    samples, positions = layer.counts(gradient.shape)
-    terms = samples * positions if recipe.loss_average == "batch+sequence" else samples
-    if recipe.every > 1 and samples:
-        start = turn % min(recipe.every, samples)
-        saved, gradient = layer.thinned(saved, gradient, start, recipe.every)
-    measured, _ = layer.counts(gradient.shape)
+    terms = recipe.terms(gradient.shape, first_use)
+    saved, gradient, share = recipe.thinned(saved, gradient, turn)
+    measured, positions = layer.counts(gradient.shape)
     gradient = gradient.to(dtype)
     saved = tuple(t.to(dtype) if t.is_floating_point() else t for t in saved)
     rows = measured * positions if recipe.approx == "expand" else measured
     counts = gradient.new_full((2,), rows * with_input)
-    counts[1].fill_(terms * first_use if recipe.fisher == "empirical" else 0)
+    counts[1].fill_(terms)
     K, C = (None, None) if basis is None or recipe.moments else basis
     if recipe.fisher == "forward-only":
         G = gradient.new_zeros(recipe.shapes()[1])
@@ -219,12 +232,12 @@ def statistics(
         G = _projected(recipe.output_structure, layer.gradient_parts(saved, gradient, ask), C)
     else:
         G = layer.gradient_factor(saved, gradient, ask)
-    G = G * (samples / measured) if measured < samples else G
+    G = G * share if share != 1.0 else G
     more: tuple[Tensor, ...] = ()
     if recipe.moments:
         spaces = (recipe.input_structure, recipe.output_structure)
         found = second_moments(layer, ask, saved, gradient, spaces, basis)
-        more = (found * (samples / measured) if measured < samples else found,)
+        more = (found * share if share != 1.0 else found,)
     if not with_input:
         return gradient.new_zeros(recipe.shapes()[0]), G, counts, *more
     return _input_statistic(recipe, saved, gradient, rows, ask, K), G, counts, *more

@@ -19,6 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tn_kfac.kernels.available import INTERPRETED
+
 
 @triton.jit
 def _met(pixel, offset, STRIDE: tl.constexpr, PADDING: tl.constexpr, DILATION: tl.constexpr, last):
@@ -168,7 +170,7 @@ def kernel(
                 V_CHANNELS, V_AT_ONCE)  # fmt: skip
 
 
-PART = tl.bfloat16 if isinstance(kernel, triton.JITFunction) else tl.float32
+PART = tl.float32 if INTERPRETED else tl.bfloat16
 """What products are made of; the interpreter has none of bfloat16."""
 WARPS, STAGES = 4, 3
 

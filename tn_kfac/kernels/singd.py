@@ -21,13 +21,6 @@ BLOCK, ROWS, COLUMNS = 1024, 32, 128
 """Entries of a factor, and rows and columns of a weight, that a program takes at once."""
 
 
-def available(device: torch.device) -> bool:
-    """Whether the kernels run there."""
-    if singd_triton is None:
-        return False
-    return device.type == "cuda" or singd_triton.INTERPRETED
-
-
 class LayerFactors(NamedTuple):
     """The tensors of a layer: statistics (see `diagonals`), K, C and their momenta.
 

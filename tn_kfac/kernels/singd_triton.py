@@ -174,10 +174,6 @@ def step_parameters(
     tl.store(address, (shrink * parameter - lr * direction).to(KIND), mask=inside)
 
 
-INTERPRETED = not isinstance(update_factors, triton.JITFunction)
-"""Whether kernels run in Triton's interpreter, on a CPU."""
-
-
 def launch_update(programs: int, *arguments: Any, **constants: Any) -> None:
     """Launch `update_factors`."""
     update_factors[(programs,)](*arguments, **constants)

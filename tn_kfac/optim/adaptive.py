@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, jvp, vjp
 from torch.utils.hooks import RemovableHandle
 
-from tn_kfac.curvature.tap import InertHook
+from tn_kfac.curvature.scope import InertHook
 from tn_kfac.optim.groups import Group
 
 ADAPTIVE = ("damping", "lr", "momentum")

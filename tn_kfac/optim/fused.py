@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tn_kfac.kernels.available import available
 from tn_kfac.kernels.singd import (
     FactorRule,
     LayerFactors,
     SgdRule,
     Tables,
     Weight,
-    available,
     step_parameters,
     update_factors,
 )
