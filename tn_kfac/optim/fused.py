@@ -62,7 +62,7 @@ class Fused:
             damping=float(group["damping"]),
             alpha=0.0 if ikfac else float(group["alpha1"]),
             beta=float(beta),
-            limit=group["factor_clip"],
+            limit=None if group["factor_clip"] is None else float(group["factor_clip"]),
             normalised=group["normalize_lr_cov"],
             ikfac=ikfac,
             terms=2 if not empirical else 0 if average is None else 1,
