@@ -16,7 +16,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ STRUCTURES = (
     "triltopleftdiag", "trilbottomrightdiag", "triutopleftdiag", "triubottomrightdiag",
 )  # fmt: skip
 MODELS, DTYPES = ("vit", "vgg"), ("bfloat16", "float32")
-BATCH, PIXELS, CLASSES, BAD_EVERY, WARM_UP = 64, 16, 10, 100, 12
+BATCH, PIXELS, CLASSES, BAD_EVERY, WARM_UP = 64, 16, 10, 100, 4
 
 
 class Vit(nn.Module):
@@ -172,19 +172,26 @@ def train(several: Sequence[argparse.Namespace]) -> list[dict[str, Any]]:
     if cuda:
         for run in runs:
             run.capture()
-        first, start = WARM_UP, time.monotonic()
+            _say(f"captured {_key(vars(run.args))} after {time.monotonic() - start:.1f} s")
         torch.cuda.synchronize()
+        first, start = WARM_UP, time.monotonic()
     for number in range(first, several[0].steps):
         for run in runs:
             with torch.cuda.stream(run.stream):  # no stream: nothing changes
                 run.advance(number)
         if cuda and number % 100 == 99:
             torch.cuda.synchronize()
+            if number % 1000 == 99:
+                _say(f"{number + 1} steps after {time.monotonic() - start:.1f} s")
         if several[0].max_seconds and time.monotonic() - start > several[0].max_seconds:
             break
     if cuda:
         torch.cuda.synchronize()
     return [run.row() for run in runs]
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
 def _all_finite(model: nn.Module, optimizer: SINGD) -> Tensor:
@@ -262,7 +269,7 @@ def _process(args: argparse.Namespace) -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def _key(row: dict[str, Any]) -> tuple[str, str, str]:
+def _key(row: Mapping[str, Any]) -> tuple[str, str, str]:
     return row["model"], row["structure"], row["dtype"]
 
 

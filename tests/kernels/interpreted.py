@@ -19,20 +19,10 @@ needs_kernels = pytest.mark.skipif(DEVICE == "cpu" and not ON, reason=WHY)
 def run_interpreted(file: str) -> None:
     """Run the tests of a file that need kernels in the interpreter."""
     pytest.importorskip("triton", reason="Triton is not installed")
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-v",
-        "-rs",
-        "-p",
-        "no:cacheprovider",
-        "-n",
-        "0",
-        file,
-    ]
+    plugins = ["-p", "no:cacheprovider", "-p", "no:benchmark"]  # the latter refuses xdist
     done = subprocess.run(
-        [*command, "-k", "not interpreter and not compiles", file],
+        [sys.executable, "-m", "pytest", "-v", "-rs", *plugins, "-n", "0",
+         "-k", "not interpreter and not compiles", file],
         env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True, timeout=400,
         cwd=Path(__file__).parents[2],
     )  # fmt: skip

@@ -70,22 +70,31 @@ def window_counts(axis: Windows, dtype: torch.dtype, device: torch.device) -> Te
 
 def window_sum_reference(x: Tensor, axes: Sequence[Windows]) -> Tensor:
     """The window sums axis by axis, differentiable: of tiles, or by a matrix product."""
+    tiled = _tiled(tuple(axes))
+    if tiled is not None:
+        x = x.reshape(x.shape[0], *tiled)
+        for dim in range(len(tiled) - 1, 0, -2):
+            x = x.sum(dim)
+        return x
     for dim in range(len(axes), 0, -1):
         axis = axes[dim - 1]
-        if _tiles(axis):
-            x = x.unflatten(dim, (axis.output_size, axis.kernel_size)).sum(dim)
-        else:
-            pixels, counts = x.movedim(dim, -1), window_counts(axis, x.dtype, x.device)
-            summed = counts @ pixels.reshape(-1, axis.input_size).T  # wide: faster than tall
-            x = summed.reshape(axis.kernel_size, *pixels.shape[:-1]).movedim(0, dim)
+        pixels, counts = x.movedim(dim, -1), window_counts(axis, x.dtype, x.device)
+        summed = counts @ pixels.reshape(-1, axis.input_size).T  # wide: faster than tall
+        x = summed.reshape(axis.kernel_size, *pixels.shape[:-1]).movedim(0, dim)
     return x
 
 
-def _tiles(axis: Windows) -> bool:
-    """Whether the windows are disjoint and cover all pixels, so that i = o·K + k."""
-    plain = axis.padding[0] == 0 and (axis.dilation == 1 or axis.kernel_size == 1)
-    covered = axis.output_size * axis.kernel_size == axis.input_size
-    return plain and covered and axis.stride == axis.kernel_size
+@lru_cache(maxsize=4096)
+def _tiled(axes: tuple[Windows, ...]) -> tuple[int, ...] | None:
+    """The sizes (o, k) of each axis, if windows are disjoint and cover all pixels: i = o·K + k."""
+    sizes: tuple[int, ...] = ()
+    for axis in axes:
+        plain = axis.padding[0] == 0 and (axis.dilation == 1 or axis.kernel_size == 1)
+        covered = axis.output_size * axis.kernel_size == axis.input_size
+        if not (plain and covered and axis.stride == axis.kernel_size):
+            return None
+        sizes += (axis.output_size, axis.kernel_size)
+    return sizes
 
 
 def window_sum(x: Tensor, axes: Sequence[Windows]) -> Tensor:

@@ -94,7 +94,7 @@ def _operand(
                 tensor = _windows(tensor, dim, window)
                 dim += 1
             dim += 1
-    return tensor.reshape(shape)
+    return tensor if tensor.shape == shape else tensor.reshape(shape)
 
 
 @materialise.register

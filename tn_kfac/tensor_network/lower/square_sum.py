@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import cached_property
 from itertools import chain
 
 from tn_kfac.tensor_network.lower.primitive import Primitive, sizes_of
@@ -15,6 +16,25 @@ class SquareSum(Primitive):
     """scale · Σ x² over the operand's axes that are not in `groups` (one group)."""
 
     scale: Fraction = Fraction(1)
+
+    @cached_property
+    def dims(self) -> list[int]:
+        """The operand's dimensions that are summed."""
+        kept = self.axes
+        return [dim for dim, axis in enumerate(self.operands[0].axes) if axis not in kept]
+
+    @cached_property
+    def factor(self) -> float:
+        """The scale as torch takes it."""
+        return float(self.scale)
+
+    @cached_property
+    def is_mean(self) -> bool:
+        """Whether it is a mean over neighbouring dimensions."""
+        axes, dims = self.operands[0].axes, self.dims
+        if not dims or dims[-1] - dims[0] >= len(dims):
+            return False
+        return self.scale * self.elements(axes[dim] for dim in dims) == 1
 
 
 def square_sum(network: Network) -> Network | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from math import prod
 
 from tn_kfac.tensor_network.lower.primitive import Primitive
@@ -20,6 +21,11 @@ class WindowSum(Primitive):
 
     inputs: Axes
     spatial: tuple[SpatialAxis, ...]
+
+    @cached_property
+    def shape(self) -> list[int]:
+        """Of the result."""
+        return [self.size[axis] for axis in self.axes]
 
     @property
     def flops(self) -> int:

@@ -18,16 +18,18 @@ Materialise = Callable[[Operand], Tensor]
 def arranged(tensor: Tensor, axes: Axes, roles: tuple[Axes, ...]) -> Tensor:
     """A tensor of the given axes with one dimension per role."""
     order, shape = _layout(axes, roles, tensor.shape)
-    return tensor.permute(order).reshape(shape)
+    tensor = tensor if order is None else tensor.permute(order)
+    return tensor.reshape(shape)
 
 
 @lru_cache(maxsize=4096)
 def _layout(
     axes: Axes, roles: tuple[Axes, ...], sizes: tuple[int, ...]
-) -> tuple[list[int], list[int]]:
-    """The order of the dimensions, and the shape afterwards."""
+) -> tuple[list[int] | None, list[int]]:
+    """The order of the dimensions, None if they stay, and the shape afterwards."""
     size = dict(zip(axes, sizes, strict=True))
     order = [axes.index(axis) for axis in chain.from_iterable(roles)]
+    order = None if order == sorted(order) else order
     return order, [prod(size[axis] for axis in role) for role in roles]
 
 

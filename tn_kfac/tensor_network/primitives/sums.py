@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from fractions import Fraction
-from math import prod
-
 import torch
 from torch import Tensor
 
@@ -29,7 +26,7 @@ def sum_windows(node: WindowSum, sizes: Sizes, tensor_of: Materialise) -> Tensor
     (operand,), (rows, _) = node.operands, node.groups
     singles = tuple((axis,) for axis in node.inputs)
     x = arranged(tensor_of(operand), operand.axes, (rows, *singles))
-    return window_sum(x, node.spatial).reshape([sizes[axis] for axis in node.axes])
+    return window_sum(x, node.spatial).reshape(node.shape)
 
 
 def sum_squares(node: SquareSum, sizes: Sizes, tensor_of: Materialise) -> Tensor:
@@ -37,32 +34,23 @@ def sum_squares(node: SquareSum, sizes: Sizes, tensor_of: Materialise) -> Tensor
 
     On a GPU a large x is not copied; the mean of a small one takes fewer launches than a norm.
     """
-    (operand,), x = node.operands, tensor_of(node.operands[0])
-    dims = [dim for dim, axis in enumerate(operand.axes) if axis not in node.axes]
-    scale = float(node.scale)
+    x, dims = tensor_of(node.operands[0]), node.dims
     if not dims:
-        return _scaled(x * x, scale)
-    if _is_mean(x, dims, node.scale):
+        return _scaled(x * x, node.factor)
+    if node.is_mean and x.numel() <= SMALL:
         return _squared(x).mean(dims).to(x.dtype)
     if x.is_cuda and not x.is_complex():
         exact = torch.promote_types(x.dtype, torch.float32)
-        return _scaled(_by_norm(x, dims, exact), scale).to(x.dtype)
+        return _scaled(_by_norm(x, dims, exact), node.factor).to(x.dtype)
     parts = x.split(max(1, len(x) * SQUARE_CHUNK // x.numel())) if _is_large(x, dims) else (x,)
     total = sum_over(_squared(parts[0]), dims)
     for part in parts[1:]:
         total = total + sum_over(_squared(part), dims)
-    return _scaled(total, scale).to(x.dtype)
+    return _scaled(total, node.factor).to(x.dtype)
 
 
 def _scaled(total: Tensor, scale: float) -> Tensor:
     return total if scale == 1.0 else total * scale
-
-
-def _is_mean(x: Tensor, dims: list[int], scale: Fraction) -> bool:
-    """Whether a scaled sum is a mean over neighbouring dimensions of a small tensor."""
-    together = dims[-1] - dims[0] < len(dims)
-    count = prod([x.shape[dim] for dim in dims])
-    return together and x.numel() <= SMALL and scale.as_integer_ratio() == (1, count)
 
 
 def _is_large(x: Tensor, dims: list[int]) -> bool:
