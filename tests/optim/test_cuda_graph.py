@@ -26,19 +26,19 @@ BUILDS = {
 }
 
 
-def small() -> nn.Module:
+def small(dtype: torch.dtype = torch.float64) -> nn.Module:
     torch.manual_seed(0)
     return nn.Sequential(
         nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(inplace=True),
         nn.Conv2d(8, 8, 3, stride=2), nn.BatchNorm2d(8), nn.ReLU(),
         nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(32, 10),
-    ).to(DEVICE, torch.float64)  # fmt: skip
+    ).to(DEVICE, dtype)  # fmt: skip
 
 
-def batch(step: int) -> tuple[torch.Tensor, torch.Tensor]:
+def batch(step: int, dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(step)
     x = torch.randn(16, 3, 12, 12, generator=generator, dtype=torch.float64)
-    return x.to(DEVICE), torch.randint(0, 10, (16,), generator=generator).to(DEVICE)
+    return x.to(DEVICE, dtype), torch.randint(0, 10, (16,), generator=generator).to(DEVICE)
 
 
 def train_step(model, optimizer, x, y):
@@ -82,3 +82,27 @@ def test_replayed_steps_equal_eager_ones(build):
         for key, value in oracle.state[q].items():
             if isinstance(value, torch.Tensor):
                 close(optimizer.state[p][key], value)
+
+
+def test_eager_steps_follow_on_a_captured_one_of_the_same_stream():
+    """In float32 the whole step is fused, with tables in pinned memory."""
+    model = small(torch.float32)
+    twin = copy.deepcopy(model)
+    optimizer, oracle = BUILDS["SINGD diagonal"](model), BUILDS["SINGD diagonal"](twin)
+    static, stream = batch(WARM, torch.float32), torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for step in range(WARM):
+            train_step(model, optimizer, *batch(step, torch.float32))
+        optimizer.zero_grad(set_to_none=True)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            train_step(model, optimizer, *static)
+        graph.replay()
+        for step in range(WARM + 1, WARM + 1 + REPLAYS):
+            train_step(model, optimizer, *batch(step, torch.float32))
+    torch.cuda.synchronize()
+    for step in range(WARM + 1 + REPLAYS):
+        train_step(twin, oracle, *batch(step, torch.float32))
+    for name, value in twin.state_dict().items():
+        torch.testing.assert_close(model.state_dict()[name], value, rtol=1e-3, atol=1e-5)

@@ -7,7 +7,7 @@ Their plain-torch reference is what the optimizer does for one layer after anoth
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -93,7 +93,7 @@ class Tables:
         self._known: dict[Hashable, tuple[tuple[int, ...], Tensor, Tensor]] = {}
         self._programs: dict[Hashable, Tensor] = {}
         self._spare: dict[Hashable, Tensor] = {}
-        self._captured: list[tuple[Tensor, Tensor]] = []
+        self._captured: list[Any] = []
 
     def programs(self, key: Hashable, make: Callable[[], Tensor], device: torch.device) -> Tensor:
         """What each program does; `key` says what it depends on."""
@@ -126,8 +126,9 @@ class Tables:
         host.copy_(torch.tensor(values))
         table = host.to(device, non_blocking=True)
         if captured:
-            self._captured.append((table, host))
-            self._known.pop(key, None)
+            # What was known is kept too: pinned memory that is freed while its stream is captured
+            # leaves torch an event that it cannot query.
+            self._captured.append((table, host, self._known.pop(key, None)))
         else:
             self._known[key] = (values, table, host)
             if key not in self._spare:
