@@ -77,7 +77,7 @@ def test_all_windows_chooses_among_them(channels, groups):
     spatial = [SpatialAxis(5, 3, 1, (1, 1)), SpatialAxis(4, 2, 1, (0, 0))]
     x = torch.randn(2, groups * channels, 5, 4, dtype=torch.float64)
     expected = by_definition(x, spatial, groups)
-    actual = correlation.all_windows(x, spatial, groups)
+    actual = correlation.all_windows(x, spatial, groups, x.dtype)
     torch.testing.assert_close(actual, expected, rtol=1e-11, atol=1e-11)
 
 

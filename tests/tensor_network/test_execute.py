@@ -180,8 +180,8 @@ def test_values_are_freed_after_their_last_use(monkeypatch):
     tensors, made = tensors_of(network), plan(network)
     alive, counts, original = weakref.WeakSet(), [], module.contract
 
-    def counted(equation, terms, scale):
-        value = original(equation, terms, scale)
+    def counted(equation, terms, dtype, scale):
+        value = original(equation, terms, dtype, scale)
         alive.add(value)
         gc.collect()
         counts.append(len(alive))

@@ -208,7 +208,7 @@ def statistics(
         recipe: What to form.
         saved: What the layer saved of the call; nothing if only its bias is trained.
         gradient: The gradient of the loss with respect to the layer's output.
-        dtype: Of the statistics; floating tensors are cast to it.
+        dtype: Of the statistics, and of the sums in them.
         first_use: Whether this is the layer's first call in a forward pass of the model;
             later calls add rows, but no samples.
         with_input: Whether to form A; without, its rows are none.
@@ -220,14 +220,15 @@ def statistics(
     terms = recipe.terms(gradient.shape, first_use)
     saved, gradient, share = recipe.thinned(saved, gradient, turn)
     measured, positions = layer.counts(gradient.shape)
-    gradient = gradient.to(dtype)
-    saved = tuple(t.to(dtype) if t.is_floating_point() else t for t in saved)
+    if recipe.moments or not layer.casts:
+        gradient = gradient.to(dtype)
+        saved = tuple(t.to(dtype) if t.is_floating_point() else t for t in saved)
     rows = measured * positions if recipe.approx == "expand" else measured
-    counts = gradient.new_full((2,), rows * with_input)
+    counts = gradient.new_full((2,), rows * with_input, dtype=dtype)
     counts[1].fill_(terms)
     K, C = (None, None) if basis is None or recipe.moments else basis
     if recipe.fisher == "forward-only":
-        G = gradient.new_zeros(recipe.shapes()[1])
+        G = counts.new_zeros(recipe.shapes()[1])
     elif ask.output == "rows":
         G = _projected(recipe.output_structure, layer.gradient_parts(saved, gradient, ask), C)
     else:
@@ -239,7 +240,7 @@ def statistics(
         found = second_moments(layer, ask, saved, gradient, spaces, basis)
         more = (found * share if share != 1.0 else found,)
     if not with_input:
-        return gradient.new_zeros(recipe.shapes()[0]), G, counts, *more
+        return counts.new_zeros(recipe.shapes()[0]), G, counts, *more
     return _input_statistic(recipe, saved, gradient, rows, ask, K), G, counts, *more
 
 
@@ -269,7 +270,7 @@ def _input_statistic(
     layer, space = recipe.layer, recipe.input_structure
     column_of_ones = recipe.has_bias and layer.bias_is == "column"
     if not saved:
-        like = gradient.new_empty(layer.groups)
+        like = gradient.new_empty(layer.groups, dtype=ask.dtype)
         return _identity(space, K, recipe.dim_in, like) * rows
     if ask.input == "rows":
         parts = layer.input_parts(saved, gradient.shape, ask)
@@ -279,6 +280,6 @@ def _input_statistic(
     A = layer.input_factor(saved, gradient.shape, ask)
     if not column_of_ones:
         return A
-    corner = gradient.new_full((layer.groups,), rows)
+    corner = gradient.new_full((layer.groups,), rows, dtype=ask.dtype)
     column = None if ask.input_diagonal else layer.input_total(saved, gradient.shape, ask)
     return space.border(A, column, corner)

@@ -85,6 +85,7 @@ class Layer(ABC):
         bias_is: Where the bias is appended to the weight matrix: a column or a row.
         diagonal_input: Whether the input's factor is diagonal, whatever a user asks for.
         autocast: Whether autocast runs such a layer in its lower precision.
+        casts: Whether its methods take tensors of any dtype, and form sums in `Ask.dtype`.
         structured: Whether its factors may have any structure; others are dense or diagonal.
         curvature: "kronecker", or "diagonal" where the factors are the Fisher's own blocks
             of the few parameters of a channel.
@@ -94,6 +95,7 @@ class Layer(ABC):
     stored: ClassVar[Literal["rows", "columns"] | None] = None
     diagonal_input: ClassVar[bool] = False
     autocast: ClassVar[bool] = False
+    casts: ClassVar[bool] = False
     structured: ClassVar[bool] = True
     curvature: ClassVar[str] = "kronecker"
 

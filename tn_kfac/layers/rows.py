@@ -22,6 +22,7 @@ class RowLayer(Layer):
     """A layer with networks of rows, of operands `x` (input) and `v` (output gradient)."""
 
     autocast: ClassVar[bool] = True
+    casts: ClassVar[bool] = True
 
     @abstractmethod
     def prepare_input(self, x: Tensor) -> Tensor:
@@ -70,11 +71,13 @@ class RowLayer(Layer):
     def input_factor(self, saved: Saved, gradient: torch.Size, ask: Ask) -> Tensor:
         x = self.prepare_input(saved[0])
         made = _input_plan(self, x.shape, gradient, ask.approx, ask.input_diagonal, False)
-        return execute(made, {"x": x})
+        return execute(made, {"x": x}, ask.dtype)
 
     def input_total(self, saved: Saved, gradient: torch.Size, ask: Ask) -> Tensor:
         x = self.prepare_input(saved[0])
-        return execute(_input_plan(self, x.shape, gradient, ask.approx, False, True), {"x": x})
+        return execute(
+            _input_plan(self, x.shape, gradient, ask.approx, False, True), {"x": x}, ask.dtype
+        )
 
     def input_parts(self, saved: Saved, gradient: torch.Size, ask: Ask) -> Iterator[Tensor]:
         x = self.prepare_input(saved[0])
@@ -82,12 +85,12 @@ class RowLayer(Layer):
         columns = self.features_in * (positions if ask.approx == "expand" else 1)
         for part in _split(x, self.groups * columns):
             made = _rows_plan(self, part.shape, gradient, ask.approx)
-            yield execute(made, {"x": part}).reshape(self.groups, -1, self.features_in)
+            yield execute(made, {"x": part}, ask.dtype).reshape(self.groups, -1, self.features_in)
 
     def gradient_parts(self, saved: Saved, gradient: Tensor, ask: Ask) -> Iterator[Tensor]:
         v = self.prepare_gradient(gradient)
         made = _rows_plan(self, None, v.shape, ask.approx)
-        yield execute(made, {"v": v}).reshape(self.groups, -1, self.features_out)
+        yield execute(made, {"v": v}, ask.dtype).reshape(self.groups, -1, self.features_out)
 
     def thinned(
         self, saved: Saved, gradient: Tensor, start: int, every: int
@@ -98,7 +101,9 @@ class RowLayer(Layer):
 
     def gradient_factor(self, saved: Saved, gradient: Tensor, ask: Ask) -> Tensor:
         v = self.prepare_gradient(gradient)
-        return execute(_gradient_plan(self, v.shape, ask.approx, ask.output_diagonal), {"v": v})
+        return execute(
+            _gradient_plan(self, v.shape, ask.approx, ask.output_diagonal), {"v": v}, ask.dtype
+        )
 
 
 def _prepared(layer: RowLayer, shape: torch.Size) -> torch.Size:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from tn_kfac.tensor_network.primitives.arrange import sum_over
+from tn_kfac.tensor_network.products import multiplied
 from tn_kfac.tensor_network.slicing import DEFAULT_LIMIT
 
 SMALL_ROWS, MANY_GRAMS = 64, 2048
@@ -51,13 +52,14 @@ class Sum(NamedTuple):
     order: Dims
 
 
-def contract(equation: str, terms: list[Tensor], scale: float = 1.0) -> Tensor:
-    """One einsum step times `scale`; a tensor times itself is done on one copy of it."""
+def contract(equation: str, terms: list[Tensor], dtype: torch.dtype, scale: float = 1.0) -> Tensor:
+    """One einsum step times `scale`, in `dtype`; a tensor times itself is done on one copy."""
     if is_square(terms):
         (term, _) = terms
         gram = _gram_of(equation, term.shape, term.stride(), term.is_cuda)
         if gram is not None:
-            return _gram(gram, term, scale)
+            return _gram(gram, term, dtype, scale)
+    terms = [term.to(dtype) for term in terms]
     sum_ = _sum_of(equation)
     if sum_ is None:
         result = torch.einsum(equation, *terms)
@@ -140,11 +142,14 @@ def _summed(sum_: Sum, term: Tensor) -> Tensor:
     return term.permute(sum_.order)
 
 
-def _gram(gram: Gram, term: Tensor, scale: float) -> Tensor:
+def _gram(gram: Gram, term: Tensor, dtype: torch.dtype, scale: float) -> Tensor:
     """scale · Σ t[kept, summed, row] t[kept, summed, row'], t as one matrix per kept index."""
     rows = term.permute(gram.dims).reshape(gram.sizes)
     left, right = (rows, rows.mT) if gram.rows_outside else (rows.mT, rows)
-    result = torch.baddbmm(term.new_empty(1, 1, 1), left, right, beta=0, alpha=scale)
+    if term.dtype == dtype:
+        result = torch.baddbmm(term.new_empty(1, 1, 1), left, right, beta=0, alpha=scale)
+    else:
+        result = multiplied(left, right, dtype).mul_(scale)
     result = result.reshape(gram.shape)
     result = result.sum(tuple(range(gram.parts))) if gram.parts else result
     return result.permute(gram.order)

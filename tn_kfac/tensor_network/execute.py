@@ -15,22 +15,26 @@ from tn_kfac.tensor_network.network import Delta, Network, Node, Ones, Operand, 
 from tn_kfac.tensor_network.pattern import Pattern
 from tn_kfac.tensor_network.plan import Plan, einsum_equation
 from tn_kfac.tensor_network.primitives import PRIMITIVES
+from tn_kfac.tensor_network.products import HALF
 from tn_kfac.tensor_network.simplify import simplify
 from tn_kfac.tensor_network.slicing import AnyPlan, Sliced
 
-HALF = (torch.float16, torch.bfloat16)
 
-
-def execute(plan: AnyPlan, tensors: Mapping[str, Tensor]) -> Tensor:
+def execute(
+    plan: AnyPlan, tensors: Mapping[str, Tensor], dtype: torch.dtype | None = None
+) -> Tensor:
     """Contract a plan's network; `tensors` maps operand names to tensors.
 
-    All tensors share dtype and device; so does the result.
+    All tensors share dtype and device. The result has their device, and `dtype` (theirs, if it
+    is None), in which all sums are formed.
     """
-    return _in_slices(plan, tensors) if isinstance(plan, Sliced) else _in_steps(plan, tensors)
+    run = _in_slices if isinstance(plan, Sliced) else _in_steps
+    return run(plan, tensors, dtype or next(iter(tensors.values())).dtype)  # type: ignore[arg-type]
 
 
-def _in_steps(plan: Plan, tensors: Mapping[str, Tensor]) -> Tensor:
+def _in_steps(plan: Plan, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
     like = next(iter(tensors.values()))
+    like = like if like.dtype == dtype else like.new_empty(0, dtype=dtype)
     values: list[Tensor | None] = [
         materialise(leaf.node, leaf.shape, tensors, like) for leaf in plan.leaves
     ]
@@ -40,21 +44,21 @@ def _in_steps(plan: Plan, tensors: Mapping[str, Tensor]) -> Tensor:
         factor = 1.0
         if step is plan.steps[-1] and scale > 0 and is_square(terms):
             factor, scale = scale, 1.0
-            if like.dtype in HALF:  # the sum could overflow, or the scale underflow
+            if dtype in HALF:  # the sum could overflow, or the scale underflow
                 terms, factor = [terms[0] * factor**0.5] * 2, 1.0
-        values.append(contract(step.equation, terms, factor))
+        values.append(contract(step.equation, terms, dtype, factor))
         for number in step.frees:
             values[number] = None
     result = values[-1]
     assert result is not None
-    result = result.reshape(plan.shape)
+    result = result.reshape(plan.shape).to(dtype)
     if scale == 1.0:
         return result
     ours = plan.owns_result and not result.requires_grad
     return result.mul_(scale) if ours else result * scale
 
 
-def _in_slices(plan: Sliced, tensors: Mapping[str, Tensor]) -> Tensor:
+def _in_slices(plan: Sliced, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
     """The parts of a sliced plan, added or concatenated."""
     parts: list[Tensor] = []
     for start in range(0, plan.size, plan.chunk):
@@ -64,7 +68,7 @@ def _in_slices(plan: Sliced, tensors: Mapping[str, Tensor]) -> Tensor:
             for name, at in plan.operands
         }
         inner = plan.part if count == plan.chunk or plan.rest is None else plan.rest
-        part = execute(inner, {**tensors, **cut})
+        part = execute(inner, {**tensors, **cut}, dtype)
         if plan.output is None and parts:
             ours = plan.part.owns_result  # then the first part may take the others in
             whole = parts[0]
@@ -115,7 +119,7 @@ def _(
         return _operand(operand, tuple([size[a] for a in operand.axes]), tensors, like)
 
     size = node.size
-    return PRIMITIVES[type(node)](node, size, tensor_of)
+    return PRIMITIVES[type(node)](node, size, tensor_of, like.dtype)
 
 
 @materialise.register

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from math import prod
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -12,9 +13,12 @@ from tn_kfac.tensor_network.lower import Autocorrelation
 from tn_kfac.tensor_network.pattern import SpatialAxis
 from tn_kfac.tensor_network.primitives.arrange import Materialise, Sizes, arranged
 from tn_kfac.tensor_network.primitives.correlation import all_windows
+from tn_kfac.tensor_network.products import multiplied
 
 
-def autocorrelate(node: Autocorrelation, sizes: Sizes, tensor_of: Materialise) -> Tensor:
+def autocorrelate(
+    node: Autocorrelation, sizes: Sizes, tensor_of: Materialise, dtype: torch.dtype
+) -> Tensor:
     """Σ over windows of their outer products, from offsets between pixels.
 
     All windows that meet the image are summed first. Those beyond the first and last counted
@@ -25,7 +29,7 @@ def autocorrelate(node: Autocorrelation, sizes: Sizes, tensor_of: Materialise) -
     roles = (outer, group + row, *((axis,) for axis in spatial))
     x = arranged(tensor_of(operand), operand.axes, roles)
     groups = prod(sizes[axis] for axis in group)
-    factor = all_windows(x, node.spatial, groups)
+    factor = all_windows(x, node.spatial, groups, dtype)
     for dim, axis in enumerate(node.spatial):
         for window in axis.uncounted_windows():
             _subtract_windows(factor, x, node.spatial, dim, window, groups)
@@ -52,7 +56,7 @@ def _subtract_windows(
         if other != dim:
             strip = _strip_windows(strip, a, counted=other < dim)
     rows = _strip_rows(strip, len(spatial), dim)
-    gram = rows.mT @ rows
+    gram = multiplied(rows.mT, rows, factor.dtype)
     channels = x.shape[1] // groups
     kernels = [high - low if d == dim else a.kernel_size for d, a in enumerate(spatial)]
     gram = gram.reshape(groups, channels, *kernels, channels, *kernels)

@@ -16,10 +16,12 @@ from tn_kfac.tensor_network.primitives.arrange import Materialise, Sizes, arrang
 CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 
-def convolve(node: ConvolutionCall, sizes: Sizes, tensor_of: Materialise) -> Tensor:
+def convolve(
+    node: ConvolutionCall, sizes: Sizes, tensor_of: Materialise, dtype: torch.dtype
+) -> Tensor:
     """The result of a convolution call, with one dimension per axis of the node."""
     first, second = (
-        arranged(tensor_of(operand), operand.axes, roles)
+        arranged(tensor_of(operand).to(dtype), operand.axes, roles)
         for operand, roles in zip(node.operands, node.roles, strict=True)
     )
     return KINDS[node.kind](node, first, second).reshape([sizes[axis] for axis in node.axes])

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from tn_kfac.tensor_network.lower.autocorrelation import FEW_CHANNELS
 from tn_kfac.tensor_network.pattern import SpatialAxis
+from tn_kfac.tensor_network.products import multiplied
 
 SPECTRUM_LIMIT = 1 << 22
 """Elements that are transformed at a time."""
@@ -35,20 +36,22 @@ MOST_PADDING = 1.5
 Pair = tuple[Tensor, Tensor]
 
 
-def all_windows(x: Tensor, spatial: Sequence[SpatialAxis], groups: int) -> Tensor:
-    """The factor (group, c, k…, c', k'…) summed over every window that meets the image.
+def all_windows(
+    x: Tensor, spatial: Sequence[SpatialAxis], groups: int, dtype: torch.dtype
+) -> Tensor:
+    """The factor (group, c, k…, c', k'…), in `dtype`, of every window that meets the image.
 
     x has the shape (rows, groups · c, *spatial).
     """
     channels = x.shape[1] // groups
     kernels = [a.kernel_size for a in spatial]
-    factor = x.new_empty(groups, channels, *kernels, channels, *kernels)
+    factor = x.new_empty(groups, channels, *kernels, channels, *kernels, dtype=dtype)
     if channels <= FEW_CHANNELS and not x.is_complex():
         _write_windows(factor, _by_transforms(x, spatial, groups))
     elif groups == 1:
         _write_products(factor, x, spatial)
     else:
-        _write_windows(factor, _by_convolution(x, spatial, groups))
+        _write_windows(factor, _by_convolution(x.to(dtype), spatial, groups))
     return factor
 
 
@@ -66,7 +69,7 @@ def _write_products(factor: Tensor, x: Tensor, spatial: Sequence[SpatialAxis]) -
 
     A part of the channels at a time, so that little is held beside the factor.
     """
-    half = _by_products(x, spatial)
+    half = _by_products(x, spatial, factor.dtype)
     offsets = [2 * a.kernel_size - 1 for a in spatial]
     rows = max(1, PART // (prod(offsets) * x.shape[1]))
     for start in range(0, x.shape[1], rows):
@@ -76,7 +79,7 @@ def _write_products(factor: Tensor, x: Tensor, spatial: Sequence[SpatialAxis]) -
         _write_windows(factor[:, part], whole.movedim((-2, -1), (0, 1))[None])
 
 
-def _by_products(x: Tensor, spatial: Sequence[SpatialAxis]) -> Tensor:
+def _by_products(x: Tensor, spatial: Sequence[SpatialAxis], dtype: torch.dtype) -> Tensor:
     """The correlation (δ, c, c') of one group, for half of the offsets, in order, from 0 on."""
     channels = x.shape[1]
     offsets = list(product(*(range(1 - a.kernel_size, a.kernel_size) for a in spatial)))
@@ -87,7 +90,7 @@ def _by_products(x: Tensor, spatial: Sequence[SpatialAxis]) -> Tensor:
     pairs = _shifted if prod(padded) < MOST_PADDING * prod(x.shape[2:]) else _overlapping
     sums: list[Tensor] = []
     for part in x.split(max(1, WHOLE // (channels * prod(padded)))):
-        terms = [left.mT @ right for left, right in pairs(part, steps, padded)]
+        terms = [multiplied(left.mT, right, dtype) for left, right in pairs(part, steps, padded)]
         sums = [a + b for a, b in zip(sums, terms, strict=True)] if sums else terms
     return torch.stack(sums)
 
@@ -137,7 +140,7 @@ def _by_transforms(x: Tensor, spatial: Sequence[SpatialAxis], groups: int) -> Te
         offsets = torch.arange(1 - axis.kernel_size, axis.kernel_size, device=x.device)
         correlation = correlation.index_select(dim, offsets * axis.dilation % sizes[dim - 2])
     shape = (groups, channels, channels, *correlation.shape[2:])
-    full = x.new_empty(shape)
+    full = exact.new_empty(shape)
     for at, (a, b) in enumerate(pairs):
         full[:, a, b] = correlation[:, at]
         if a != b:

@@ -21,20 +21,24 @@ SQUARE_CHUNK = 1 << 20
 """Elements that are squared at a time on a CPU, where a norm is slow."""
 
 
-def sum_windows(node: WindowSum, sizes: Sizes, tensor_of: Materialise) -> Tensor:
+def sum_windows(
+    node: WindowSum, sizes: Sizes, tensor_of: Materialise, dtype: torch.dtype
+) -> Tensor:
     """The window sums of an operand, with one dimension per axis of the node."""
     (operand,), (rows, _) = node.operands, node.groups
     singles = tuple((axis,) for axis in node.inputs)
-    x = arranged(tensor_of(operand), operand.axes, (rows, *singles))
+    x = arranged(tensor_of(operand).to(dtype), operand.axes, (rows, *singles))
     return window_sum(x, node.spatial).reshape(node.shape)
 
 
-def sum_squares(node: SquareSum, sizes: Sizes, tensor_of: Materialise) -> Tensor:
+def sum_squares(
+    node: SquareSum, sizes: Sizes, tensor_of: Materialise, dtype: torch.dtype
+) -> Tensor:
     """The scaled Σ x² over the axes that the node does not have.
 
     On a GPU a large x is not copied; the mean of a small one takes fewer launches than a norm.
     """
-    x, dims = tensor_of(node.operands[0]), node.dims
+    x, dims = tensor_of(node.operands[0]).to(dtype), node.dims
     if not dims:
         return _scaled(x * x, node.factor)
     if node.is_mean and x.numel() <= SMALL:

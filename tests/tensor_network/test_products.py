@@ -1,0 +1,64 @@
+"""Sums of half-precision tensors in float32: as exact as if the tensors were float32."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tn_kfac.layers import layer_of
+from tn_kfac.layers.base import Ask
+from tn_kfac.tensor_network.products import HALF, multiplied
+
+GPU = pytest.param("cuda", marks=pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="needs a GPU"))  # fmt: skip
+on_devices = pytest.mark.parametrize("device", ["cpu", GPU])
+CONVOLUTIONS = {
+    "autocorrelation": (torch.nn.Conv2d(8, 4, 3, padding=1), (4, 8, 20, 20)),
+    "autocorrelation of few channels": (torch.nn.Conv2d(3, 4, 3), (2, 3, 40, 40)),
+    "windows": (torch.nn.Conv2d(6, 4, 3, stride=2, padding=1), (5, 6, 9, 9)),
+    "groups": (torch.nn.Conv2d(8, 4, 3, padding=1, groups=2), (4, 8, 20, 20)),
+    "one pixel": (torch.nn.Conv2d(8, 4, 1), (3, 8, 7, 7)),
+    "one axis": (torch.nn.Conv1d(4, 6, 5, padding=2, padding_mode="circular"), (3, 4, 30)),
+    "linear": (torch.nn.Linear(8, 5), (6, 3, 8)),
+}
+
+
+@on_devices
+@given(
+    batch=st.integers(1, 3), rows=st.integers(1, 9), inner=st.integers(1, 300),
+    columns=st.integers(1, 9), dtype=st.sampled_from(HALF), flat=st.booleans(),
+)  # fmt: skip
+def test_products_of_halves_are_summed_in_float32(device, batch, rows, inner, columns, dtype, flat):
+    torch.manual_seed(rows)
+    left = torch.randn(batch, inner, rows, device=device, dtype=dtype).mT
+    right = torch.randn(batch, inner, columns, device=device, dtype=dtype)
+    left, right = (left[0], right[0]) if flat else (left, right)
+    found = multiplied(left, right, torch.float32)
+    assert found.dtype == torch.float32
+    bound = 2e-6 * (left.double().abs() @ right.double().abs())
+    assert ((found.double() - left.double() @ right.double()).abs() <= bound).all()
+
+
+@on_devices
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("approx", ["expand", "reduce"])
+@pytest.mark.parametrize("case", CONVOLUTIONS)
+def test_factors_of_halves_are_those_of_the_same_numbers_in_float64(case, approx, dtype, device):
+    module, shape = CONVOLUTIONS[case]
+    layer = layer_of(module)
+    torch.manual_seed(0)
+    x = torch.randn(shape).to(device, dtype)
+    v = torch.randn(module(torch.zeros(shape)).shape).to(device, dtype)
+    asks = [Ask(approx, dtype=kind) for kind in (torch.float32, torch.float64)]
+    exact = (x.double(),), v.double()
+    pairs = [
+        (
+            layer.input_factor((x,), v.shape, asks[0]),
+            layer.input_factor(exact[0], v.shape, asks[1]),
+        ),
+        (layer.input_total((x,), v.shape, asks[0]), layer.input_total(exact[0], v.shape, asks[1])),
+        (layer.gradient_factor((x,), v, asks[0]), layer.gradient_factor(*exact, asks[1])),
+    ]
+    for found, expected in pairs:
+        assert found.dtype == torch.float32
+        assert (found.double() - expected).abs().max() <= 4e-6 * expected.abs().max()
