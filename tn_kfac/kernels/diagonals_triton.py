@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tn_kfac.kernels.available import INTERPRETED
+from tn_kfac.kernels.launching import launcher
 
 
 @triton.jit
@@ -186,19 +187,20 @@ def launch(
 
     Args:
         programs: How many.
-        compiled: For these constants and numbers, by what else Triton compiles for.
+        compiled: For these constants, numbers, dtypes and device, by what else Triton compiles
+            for: whether a user's tensors are aligned.
         tensors: The kernel's first arguments, of which the first two are a user's.
         numbers: Those that follow.
         constants: The last ones, by name.
     """
-    x, v = tensors[:2]
-    known = (x.dtype, v.dtype, x.data_ptr() % 16, v.data_ptr() % 16, x.device)
+    pointers = [tensor.data_ptr() for tensor in tensors]
+    known = (pointers[0] % 16, pointers[1] % 16)
     if known in compiled:
-        compiled[known][(programs, 1, 1)](*tensors, *numbers, *constants.values())
+        compiled[known](*pointers, *numbers, *constants.values())
         return
     found = kernel[(programs,)](*tensors, *numbers, **constants, num_warps=WARPS, num_stages=STAGES)
     if found is not None:  # the interpreter compiles nothing
-        compiled[known] = found
+        compiled[known] = launcher(found, programs, tensors[0].device)
 
 
 def in_order(constants: Mapping[str, Any]) -> dict[str, Any]:
