@@ -14,7 +14,7 @@ with the number of rows after it if there is a bias; G; the number of rows; that
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from itertools import pairwise
@@ -111,9 +111,10 @@ class Call:
     """A call of the kernel, of which only the tensors are missing."""
 
     def __init__(self, made: Launch, request: Request, device: torch.device) -> None:
-        self._made, self._device = made, device
+        assert diagonals_triton is not None
+        self._size, self._parts, self._device = made.size, made.parts, device
+        self._kernel = diagonals_triton.prepared(made.programs, made.constants)
         self._numbers = (made.rows, float(request.terms), float(request.scale), *made.numbers)
-        self._compiled: dict[Hashable, Any] = {}
 
     def __call__(self, x: Tensor, v: Tensor, counters: Tensor) -> Tensor:
         """The vector.
@@ -124,14 +125,9 @@ class Call:
             counters: `COUNTERS` zeros (int32), for this call alone until it is done; left as
                 zeros.
         """
-        assert diagonals_triton is not None
-        made = self._made
-        out = torch.empty(made.size, dtype=torch.float32, device=self._device)
-        parts = torch.empty(made.parts, dtype=torch.float32, device=self._device)
-        tensors = (x, v, out, parts, counters)
-        diagonals_triton.launch(
-            made.programs, self._compiled, tensors, self._numbers, made.constants
-        )
+        out = torch.empty(self._size, dtype=torch.float32, device=self._device)
+        parts = torch.empty(self._parts, dtype=torch.float32, device=self._device)
+        self._kernel((x, v, out, parts, counters), self._numbers)
         return out
 
 
@@ -241,7 +237,8 @@ def _constants(
         for number, axis in ((1, first), (2, second))
         for name, value in zip("KSPD", axis[1:5], strict=True)
     }
-    known = windows | {
+    assert diagonals_triton is not None
+    return windows | {
         "BIAS": int(bias), "GROUPS": _power(groups), "K": _power(first.kernel),
         "REDUCE": given.reduce, "PARTS": wide[0] if given.reduce else min(3, 2 * wide[0]),
         "V_REDUCE": grad.reduce, "V_PARTS": wide[1] if grad.reduce else min(3, 2 * wide[1]),
@@ -249,9 +246,8 @@ def _constants(
         "V_WIDTH": max(16, _power(grad.width)), "V_LINES": grad.at_once,
         "CHANNELS": given.block, "V_CHANNELS": grad.block,
         "BLOCK": block, "AT_ONCE": TILE // block, "V_AT_ONCE": TILE // grad.block,
+        "DOT": diagonals_triton.PART,
     }  # fmt: skip
-    assert diagonals_triton is not None
-    return diagonals_triton.in_order(known)
 
 
 def _plain(

@@ -12,15 +12,14 @@ order, so results are reproducible.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from tn_kfac.kernels.available import INTERPRETED
-from tn_kfac.kernels.launching import launcher
+from tn_kfac.kernels.launching import Prepared
 
 
 @triton.jit
@@ -176,34 +175,6 @@ PART = tl.float32 if INTERPRETED else tl.bfloat16
 WARPS, STAGES = 4, 3
 
 
-def launch(
-    programs: int,
-    compiled: dict[Hashable, Any],
-    tensors: Sequence[Tensor],
-    numbers: Sequence[float],
-    constants: Mapping[str, Any],
-) -> None:
-    """Launch the kernel; `compiled` keeps what Triton would look for every time.
-
-    Args:
-        programs: How many.
-        compiled: For these constants, numbers, dtypes and device, by what else Triton compiles
-            for: whether a user's tensors are aligned.
-        tensors: The kernel's first arguments, of which the first two are a user's.
-        numbers: Those that follow.
-        constants: The last ones, by name.
-    """
-    pointers = [tensor.data_ptr() for tensor in tensors]
-    known = (pointers[0] % 16, pointers[1] % 16)
-    if known in compiled:
-        compiled[known](*pointers, *numbers, *constants.values())
-        return
-    found = kernel[(programs,)](*tensors, *numbers, **constants, num_warps=WARPS, num_stages=STAGES)
-    if found is not None:  # the interpreter compiles nothing
-        compiled[known] = launcher(found, programs, tensors[0].device)
-
-
-def in_order(constants: Mapping[str, Any]) -> dict[str, Any]:
-    """The constants as the kernel takes them."""
-    known = {**constants, "DOT": PART}
-    return {name: known[name] for name in kernel.arg_names if name in known}
+def prepared(programs: int, constants: Mapping[str, Any]) -> Prepared:
+    """The kernel for these constants."""
+    return Prepared(kernel, programs, constants, num_warps=WARPS, num_stages=STAGES)

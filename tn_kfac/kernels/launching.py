@@ -1,31 +1,66 @@
-"""Launches of compiled Triton kernels, without what Triton does anew for each of them."""
+"""Launches of Triton kernels, without what Triton does anew for each of them."""
 
 # pyright: reportMissingImports=false, reportMissingModuleSource=false
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 import triton
+from torch import Tensor
+from triton import knobs
 
 KNOWN = ("3.6", "3.7", "3.8")
 """Releases of Triton whose compiled kernels `run` as is said here."""
 
 
+class Prepared:
+    """A kernel with its constants and its grid, for tensors of the same dtypes and device.
+
+    Args:
+        kernel: The kernel: tensors first, then numbers, constants last.
+        programs: The grid.
+        constants: By name.
+        options: Of the compiler.
+    """
+
+    def __init__(self, kernel: Any, programs: int, constants: Mapping[str, Any],
+                 **options: int) -> None:  # fmt: skip
+        self._kernel, self._programs, self._options = kernel, programs, options
+        self._constants = {name: constants[name] for name in kernel.arg_names if name in constants}
+        self._compiled: dict[tuple[int, ...], Callable[..., None]] = {}
+
+    def __call__(self, tensors: Sequence[Tensor], numbers: Sequence[float]) -> None:
+        """Launch it; integers among the numbers are those of the last time.
+
+        Triton compiles for such integers too, and for whether tensors are aligned.
+        """
+        pointers = [tensor.data_ptr() for tensor in tensors]
+        launch = self._compiled.get(tuple([pointer % 16 for pointer in pointers]))
+        if launch is not None:
+            launch(*pointers, *numbers, *self._constants.values())
+            return
+        kernel = self._kernel[(self._programs,)]
+        found = kernel(*tensors, *numbers, **self._constants, **self._options)
+        if found is not None:  # the interpreter compiles nothing
+            known = tuple(pointer % 16 for pointer in pointers)
+            self._compiled[known] = launcher(found, self._programs, tensors[0].device)
+
+
 def launcher(compiled: Any, programs: int, device: torch.device) -> Callable[..., None]:
     """`compiled[(programs, 1, 1)]` for a device that is current; pointers may be integers.
 
-    Triton looks up the device, makes a closure, and for each launch a record for profilers. That
-    record is made only where a profiler hooked launches.
+    Triton looks up the device, and makes a closure and a record for profilers. The latter is
+    made only where a profiler hooked launches.
     """
     public = compiled[programs, 1, 1]
     stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
     if triton.__version__.rpartition(".")[0] not in KNOWN or stream is None:
         return public
     run, function, metadata = compiled.run, compiled.function, compiled.packed_metadata
-    index, hooks = device.index, triton.knobs.runtime
+    index, hooks = device.index, knobs.runtime
 
     def launch(*arguments: Any) -> None:
         if _hooked(hooks.launch_enter_hook) or _hooked(hooks.launch_exit_hook):
