@@ -30,6 +30,7 @@ class Prepared:
                  **options: int) -> None:  # fmt: skip
         self._kernel, self._programs, self._options = kernel, programs, options
         self._constants = {name: constants[name] for name in kernel.arg_names if name in constants}
+        self._last = tuple(self._constants.values())
         self._compiled: dict[tuple[int, ...], Callable[..., None]] = {}
 
     def __call__(self, tensors: Sequence[Tensor], numbers: Sequence[float]) -> None:
@@ -37,15 +38,19 @@ class Prepared:
 
         Triton compiles for such integers too, and for whether tensors are aligned.
         """
-        pointers = [tensor.data_ptr() for tensor in tensors]
-        launch = self._compiled.get(tuple([pointer % 16 for pointer in pointers]))
+        pointers, bits = [], 0
+        for tensor in tensors:
+            pointer = tensor.data_ptr()
+            pointers.append(pointer)
+            bits |= pointer
+        known = tuple(pointer % 16 for pointer in pointers) if bits % 16 else ()
+        launch = self._compiled.get(known)
         if launch is not None:
-            launch(*pointers, *numbers, *self._constants.values())
+            launch(*pointers, *numbers, *self._last)
             return
         kernel = self._kernel[(self._programs,)]
         found = kernel(*tensors, *numbers, **self._constants, **self._options)
         if found is not None:  # the interpreter compiles nothing
-            known = tuple(pointer % 16 for pointer in pointers)
             self._compiled[known] = launcher(found, self._programs, tensors[0].device)
 
 

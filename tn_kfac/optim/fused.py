@@ -40,6 +40,7 @@ class Fused:
     def __init__(self) -> None:
         self._tables = Tables()
         self._weights: dict[tuple[Any, ...], Weight | None] = {}
+        self._plain: dict[tuple[torch.dtype, torch.device, int], Weight | None] = {}
         self._ones: dict[torch.device, Tensor] = {}
 
     def takes_factors(self, binding: Binding, state: State) -> bool:
@@ -123,19 +124,26 @@ class Fused:
             gradient = p.grad
             if gradient is None:
                 continue
-            known = type(p) is torch.nn.Parameter and p.dtype in KINDS and available(p.device)
-            if not known or gradient.layout != torch.strided:
+            if type(p) is not torch.nn.Parameter or gradient.layout is not torch.strided:
                 return None
             if not (p.is_contiguous() and gradient.is_contiguous()):
                 return None
-            found.append((p, unchanged(p.numel(), self._one(p.device))))
+            key = (p.dtype, p.device, p.numel())
+            if key not in self._plain:
+                self._plain[key] = self._without(p)
+            weight = self._plain[key]
+            if weight is None:
+                return None
+            found.append((p, weight))
         return found
 
-    def _one(self, device: torch.device) -> Tensor:
-        """The number 1 on a device."""
-        if device not in self._ones:
-            self._ones[device] = torch.ones((), device=device)
-        return self._ones[device]
+    def _without(self, p: Tensor) -> Weight | None:
+        """How a contiguous parameter without factors lies in memory, if it may."""
+        if p.dtype not in KINDS or not available(p.device) or not p.numel():
+            return None
+        if p.device not in self._ones:
+            self._ones[p.device] = torch.ones((), device=p.device)
+        return unchanged(p.numel(), self._ones[p.device])
 
     def step(self, members: Sequence[tuple[Tensor, Weight]], group: Group, states: Any) -> None:
         """Step parameters of one group."""
