@@ -12,7 +12,7 @@ from tn_kfac.kernels.available import available
 from tn_kfac.kernels.diagonals import COUNTERS, Call, Request, prepared
 from tn_kfac.layers.base import Saved
 
-KEPT = 64
+KEPT = 256
 """Calls of different shapes that a layer remembers."""
 
 
@@ -43,9 +43,8 @@ class PackedStatistics:
         x, v = pixels
         key = (first_use, share, whole, x.shape, x.stride(), x.dtype, v.shape, v.stride(), v.dtype,
                device)  # fmt: skip
-        if key in self._calls:
-            call = self._calls[key]
-        else:
+        call = self._calls.get(key)
+        if call is None and key not in self._calls:
             if len(self._calls) == KEPT:
                 self._calls.clear()
             call = self._calls[key] = self._call(x, v, recipe.terms(whole, first_use), share)

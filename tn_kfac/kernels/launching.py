@@ -12,6 +12,7 @@ import triton
 from torch import Tensor
 from triton import knobs
 
+Launcher = Callable[[Sequence[int], Sequence[float]], None]
 KNOWN = ("3.6", "3.7", "3.8")
 """Releases of Triton whose compiled kernels `run` as is said here."""
 
@@ -30,8 +31,7 @@ class Prepared:
                  **options: int) -> None:  # fmt: skip
         self._kernel, self._programs, self._options = kernel, programs, options
         self._constants = {name: constants[name] for name in kernel.arg_names if name in constants}
-        self._last = tuple(self._constants.values())
-        self._compiled: dict[tuple[int, ...], Callable[..., None]] = {}
+        self._compiled: dict[tuple[int, ...], Launcher] = {}
 
     def __call__(self, tensors: Sequence[Tensor], numbers: Sequence[float]) -> None:
         """Launch it; integers among the numbers are those of the last time.
@@ -46,36 +46,39 @@ class Prepared:
         known = tuple(pointer % 16 for pointer in pointers) if bits % 16 else ()
         launch = self._compiled.get(known)
         if launch is not None:
-            launch(*pointers, *numbers, *self._last)
+            launch(pointers, numbers)
             return
         kernel = self._kernel[(self._programs,)]
         found = kernel(*tensors, *numbers, **self._constants, **self._options)
         if found is not None:  # the interpreter compiles nothing
-            self._compiled[known] = launcher(found, self._programs, tensors[0].device)
+            device = tensors[0].device
+            self._compiled[known] = launcher(found, self._programs, device, self._constants)
 
 
-def launcher(compiled: Any, programs: int, device: torch.device) -> Callable[..., None]:
-    """`compiled[(programs, 1, 1)]` for a device that is current; pointers may be integers.
+def launcher(
+    compiled: Any, programs: int, device: torch.device, constants: Mapping[str, Any]
+) -> Launcher:
+    """`compiled[(programs, 1, 1)]` of pointers and numbers, on a device that is current.
 
     Triton looks up the device, and makes a closure and a record for profilers. The latter is
     made only where a profiler hooked launches.
     """
-    public = compiled[programs, 1, 1]
+    public, last = compiled[programs, 1, 1], tuple(constants.values())
     stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
     if triton.__version__.rpartition(".")[0] not in KNOWN or stream is None:
-        return public
+        return lambda pointers, numbers: public(*pointers, *numbers, *last)
     run, function, metadata = compiled.run, compiled.function, compiled.packed_metadata
     index, hooks = device.index, knobs.runtime
 
-    def launch(*arguments: Any) -> None:
-        if _hooked(hooks.launch_enter_hook) or _hooked(hooks.launch_exit_hook):
-            public(*arguments)
+    def launch(pointers: Sequence[int], numbers: Sequence[float]) -> None:
+        try:
+            hooked = hooks.launch_enter_hook.calls or hooks.launch_exit_hook.calls
+        except AttributeError:  # somebody put a function in its place
+            hooked = True
+        if hooked:
+            public(*pointers, *numbers, *last)
         else:
-            run(programs, 1, 1, stream(index), function, metadata, None, None, None, *arguments)
+            run(programs, 1, 1, stream(index), function, metadata, None, None, None,
+                *pointers, *numbers, *last)  # fmt: skip
 
     return launch
-
-
-def _hooked(hook: Any) -> bool:
-    """Whether somebody is to be told of launches."""
-    return hook is not None and bool(getattr(hook, "calls", True))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from torch import Tensor
 from tn_kfac.curvature import Measured, Recipe
 from tn_kfac.curvature.tap import has_gradient
 from tn_kfac.optim import checkpoint, checks
-from tn_kfac.optim.binding import Binding
+from tn_kfac.optim.binding import Active, Binding
 from tn_kfac.optim.groups import Group
 from tn_kfac.optim.hooked import HookedOptimizer
 from tn_kfac.optim.measured import check_measured
@@ -24,22 +24,6 @@ from tn_kfac.optim.ranks import ranks_of, share
 from tn_kfac.optim.rules import FALLBACKS, sgd
 from tn_kfac.optim.scaling import found_inf, unscale
 from tn_kfac.optim.updates import kl_clipped, lengthened, smoothed
-
-
-class Active(NamedTuple):
-    """A layer with gradients in one step.
-
-    Attributes:
-        binding: The layer.
-        group: Of its first parameter, whose options are the layer's.
-        state: Of that parameter: the layer's.
-        groups: Of all its parameters.
-    """
-
-    binding: Binding
-    group: Group
-    state: dict[str, Any]
-    groups: list[Group]
 
 
 class KroneckerOptimizer(HookedOptimizer):
@@ -119,16 +103,17 @@ class KroneckerOptimizer(HookedOptimizer):
         for binding in self._bindings:
             parameters = binding.parameters
             if has_gradient(parameters):
-                groups = [where[id(p)] for p in parameters]
-                found.append(Active(binding, groups[0], self.state[parameters[0]], groups))
+                numbers = [where[p] for p in parameters]
+                group, state = self.param_groups[numbers[0]], self.state[parameters[0]]
+                found.append(Active(binding, group, state, numbers))
         return found
 
     def _check_step(self) -> None:
         """Check whatever else the step needs, before anything is changed."""
 
-    def _where(self) -> dict[int, Group]:
-        """The group of each parameter, by its id."""
-        return {id(p): group for group in self.param_groups for p in group["params"]}
+    def _where(self) -> dict[Tensor, int]:
+        """The number of each parameter's group."""
+        return {p: number for number, g in enumerate(self.param_groups) for p in g["params"]}
 
     def _share(self, active: Sequence[Active]) -> None:
         """Sum the statistics of the layers that are due over all ranks."""
@@ -262,15 +247,16 @@ class KroneckerOptimizer(HookedOptimizer):
             group |= {key: value for key, value in kept.items() if group.get(key) is None}
         where = self._where()
         for binding in self._bindings:
-            groups = [where[id(p)] for p in binding.parameters]
-            self._tell(Active(binding, groups[0], self.state[binding.parameters[0]], groups))
+            numbers = [where[p] for p in binding.parameters]
+            group, state = self.param_groups[numbers[0]], self.state[binding.parameters[0]]
+            self._tell(Active(binding, group, state, numbers))
 
     def _expected_shapes(self) -> dict[Tensor, dict[str, torch.Size]]:
         """Shapes of the factors of each layer, by the parameter that owns them."""
         meta = torch.device("meta")
-        groups = self._where()
+        where, groups = self._where(), self.param_groups
         fresh = {
-            b.parameters[0]: self._new_state(b, groups[id(b.parameters[0])], meta)
+            b.parameters[0]: self._new_state(b, groups[where[b.parameters[0]]], meta)
             for b in self._bindings
         }
         return {

@@ -25,8 +25,8 @@ from tn_kfac.kernels.singd import (
     unchanged,
     update_factors,
 )
-from tn_kfac.optim.base import Active, KroneckerOptimizer
-from tn_kfac.optim.binding import Binding
+from tn_kfac.optim.base import KroneckerOptimizer
+from tn_kfac.optim.binding import Active, Binding
 from tn_kfac.optim.groups import Group
 from tn_kfac.optim.rules import FALLBACKS
 
@@ -96,13 +96,16 @@ class Fused:
         for found in tensors.values():
             update_factors(self._tables, found, rule, scale if empirical else None)
 
-    def weights(self, layer: Active) -> list[tuple[Group, Tensor, Weight]] | None:
-        """How a layer's parameters with gradients lie in memory; None: do not step them here."""
-        binding, _, state, groups = layer
+    def weights(self, layer: Active) -> list[tuple[int, Tensor, Weight]] | None:
+        """How a layer's parameters with gradients lie in memory; None: do not step them here.
+
+        With the numbers of their groups.
+        """
+        binding, _, state, numbers = layer
         if not self.takes_factors(binding, state):
             return None
         K, C, found = state["K"], state["C"], []
-        for p, group in zip(binding.parameters, groups, strict=True):
+        for p, number in zip(binding.parameters, numbers, strict=True):
             gradient = p.grad
             if gradient is not None:
                 strides = p.stride()
@@ -112,7 +115,7 @@ class Fused:
                 weight = self._weights[key]
                 if weight is None or gradient.is_sparse or gradient.stride() != strides:
                     return None
-                found.append((group, p, weight))
+                found.append((number, p, weight))
         return found
 
     def without_factors(self, group: Group) -> list[tuple[Tensor, Weight]] | None:
@@ -219,15 +222,15 @@ class FusedOptimizer(KroneckerOptimizer):
         rest, betas = [], {}
         alike: dict[tuple[int, float], list[Active]] = defaultdict(list)
         for layer in measured:
-            binding, group, state, _ = layer
+            binding, group, state, numbers = layer
             starts = group["init"] == "curvature" and not state.get("started")
             if starts or not self._fused.takes_factors(binding, state):
                 rest.append(layer)
                 continue
-            time = (id(group), state["step"])
+            time = (numbers[0], state["step"])
             if time not in betas:
                 betas[time] = self._beta(state, group)
-            alike[id(group), betas[time]].append(layer)
+            alike[numbers[0], betas[time]].append(layer)
         for (_, beta), layers in alike.items():
             self._fused.update(layers, beta, scale)
             for layer in layers:
@@ -236,24 +239,24 @@ class FusedOptimizer(KroneckerOptimizer):
 
     def _step_layers(self, active: Sequence[Active], counted: Sequence[bool]) -> None:
         rest, waits = [], []
-        taken = {id(group): self._fused.takes_group(group) for group in self.param_groups}
-        members: dict[int, list[tuple[Tensor, Weight]]] = defaultdict(list)
+        taken = [self._fused.takes_group(group) for group in self.param_groups]
+        members: list[list[tuple[Tensor, Weight]]] = [[] for _ in taken]
         for layer, counts in zip(active, counted, strict=True):
             ready = layer.state["step"] >= layer.group["warmup"]
-            for group in layer.groups:
-                ready = ready and taken[id(group)]
+            for number in layer.numbers:
+                ready = ready and taken[number]
             weights = self._fused.weights(layer) if ready else None
             if weights is None:
                 rest.append(layer)
                 waits.append(counts)
                 continue
-            for group, p, weight in weights:
-                members[id(group)].append((p, weight))
+            for number, p, weight in weights:
+                members[number].append((p, weight))
             self._count_step(layer, counts)
         super()._step_layers(rest, waits)
-        for group in self.param_groups:
-            if id(group) in members:
-                self._fused.step(members[id(group)], group, self.state)
+        for group, found in zip(self.param_groups, members, strict=True):
+            if found:
+                self._fused.step(found, group, self.state)
 
     def _write(self, group: Group, directions: dict[Tensor, Tensor]) -> None:
         members = self._fused.without_factors(group) if group["rule"] != self.rule else None

@@ -14,8 +14,8 @@ from tn_kfac.curvature.statistics import Fisher
 from tn_kfac.optim import adaptive as adapting
 from tn_kfac.optim import checks, intervals, pending, refresh
 from tn_kfac.optim.averages import update_averages, update_moments
-from tn_kfac.optim.base import Active, KroneckerOptimizer
-from tn_kfac.optim.binding import Binding
+from tn_kfac.optim.base import KroneckerOptimizer
+from tn_kfac.optim.binding import Active, Binding
 from tn_kfac.optim.damping import by_inverses, in_eigenbasis, to_basis
 from tn_kfac.optim.groups import Group
 from tn_kfac.optim.inverses import Inverse, warm_iterations

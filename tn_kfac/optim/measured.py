@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING
 
 from tn_kfac.curvature import LayerTap
 from tn_kfac.curvature.tap import OF_THE_LOSS
-from tn_kfac.optim.binding import Binding
-
-if TYPE_CHECKING:
-    from tn_kfac.optim.base import Active
+from tn_kfac.optim.binding import Active, Binding
 
 
 def measured_apart(bindings: Iterable[Binding]) -> list[list[LayerTap]]:
@@ -50,5 +46,5 @@ def check_measured(active: Sequence[Active], is_due: Callable[[Active], bool]) -
     warnings.warn(
         "no layer captured curvature since the last step, so the factors stay as they are: use "
         "loss.backward() (without inputs=) on a forward pass of this model",
-        stacklevel=4,
+        stacklevel=5,
     )
