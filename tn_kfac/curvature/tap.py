@@ -222,7 +222,7 @@ class AutocastInput:
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         x = args[0] if args else None
-        if not isinstance(x, Tensor) or x.dtype is not torch.float32:
+        if not isinstance(x, Tensor) or x.dtype != torch.float32:
             return None
         kind = x.device.type
         if not torch.is_autocast_enabled(kind):

@@ -60,12 +60,12 @@ def launcher(
 ) -> Launcher:
     """`compiled[(programs, 1, 1)]` of pointers and numbers, on a device that is current.
 
-    Triton looks up the device, and makes a closure and a record for profilers. The latter is
-    made only where a profiler hooked launches.
+    Triton would look up the device, ask the driver about each tensor, and make a record for
+    profilers. It does so where a profiler hooked launches, and where its inside is not known.
     """
     public, last = compiled[programs, 1, 1], tuple(constants.values())
     stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
-    if triton.__version__.rpartition(".")[0] not in KNOWN or stream is None:
+    if ".".join(triton.__version__.split(".")[:2]) not in KNOWN or stream is None:
         return lambda pointers, numbers: public(*pointers, *numbers, *last)
     run, function, metadata = compiled.run, compiled.function, compiled.packed_metadata
     index, hooks = device.index, knobs.runtime
