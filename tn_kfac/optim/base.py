@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from tn_kfac.curvature import Measured, Recipe
+from tn_kfac.curvature.tap import has_gradient
 from tn_kfac.optim import checkpoint, checks
-from tn_kfac.optim.binding import Binding
+from tn_kfac.optim.binding import Active, Binding
 from tn_kfac.optim.groups import Group
 from tn_kfac.optim.hooked import HookedOptimizer
 from tn_kfac.optim.measured import check_measured
@@ -56,7 +57,7 @@ class KroneckerOptimizer(HookedOptimizer):
     ) -> None:
         """Update a layer's factors, in its state, from new curvature."""
 
-    def _refresh(self, active: Sequence[tuple[Binding, Group]]) -> None:
+    def _refresh(self, active: Sequence[Active]) -> None:
         """Whatever follows from the factors of all layers of this step, done together."""
 
     @abstractmethod
@@ -84,82 +85,83 @@ class KroneckerOptimizer(HookedOptimizer):
         empirical = any(b.tap.recipe.fisher == "empirical" for b in self._bindings)
         scale = unscale(self, empirical)
         if not found_inf(self):
+            active = self._active()
+            check_measured(active, self._is_due)
             self._check_step()
-            where = self._where()
-            active = [
-                (b, where[b.parameters[0]])
-                for b in self._bindings
-                if any(p.grad is not None for p in b.parameters)
-            ]
             self._share(active)
-            due = [self._is_ready(binding, group) for binding, group in active]
-            measured = [pair for pair, ready in zip(active, due, strict=True) if ready]
+            due = [self._is_ready(layer) for layer in active]
+            measured = [layer for layer, ready in zip(active, due, strict=True) if ready]
             self._take_in(measured, scale)
             self._refresh(active)
             self._step_layers(active, [ready is not False for ready in due])
         self._clear()
         return loss
 
+    def _active(self) -> list[Active]:
+        """The layers with gradients."""
+        where, found = self._where(), []
+        for binding in self._bindings:
+            parameters = binding.parameters
+            if has_gradient(parameters):
+                numbers = [where[p] for p in parameters]
+                group, state = self.param_groups[numbers[0]], self.state[parameters[0]]
+                found.append(Active(binding, group, state, numbers))
+        return found
+
     def _check_step(self) -> None:
-        """Check that all that the step needs was measured, before anything is changed."""
-        where = self._where()
-        check_measured(self._bindings, lambda b: self._is_due(b, where[b.parameters[0]]))
+        """Check whatever else the step needs, before anything is changed."""
 
-    def _where(self) -> dict[Tensor, Group]:
-        """The group of each parameter."""
-        return {p: group for group in self.param_groups for p in group["params"]}
+    def _where(self) -> dict[Tensor, int]:
+        """The number of each parameter's group."""
+        return {p: number for number, g in enumerate(self.param_groups) for p in g["params"]}
 
-    def _share(self, active: Sequence[tuple[Binding, Group]]) -> None:
+    def _share(self, active: Sequence[Active]) -> None:
         """Sum the statistics of the layers that are due over all ranks."""
         if ranks_of(self._process_group) > 1:
-            due = [b.tap for b, group in active if self._is_due(b, group) and b.tap.probes]
-            share(due, self._process_group)
+            taps = [layer.binding.tap for layer in active if self._is_due(layer)]
+            share([tap for tap in taps if tap.probes], self._process_group)
 
-    def _is_due(self, binding: Binding, group: Group) -> bool:
+    def _is_due(self, layer: Active) -> bool:
         """Whether the next step updates the factors of a layer."""
-        state = self.state[binding.parameters[0]]
-        T: int | Callable[[int], int] = group["T"]
-        step: int = state.get("step", 0)
-        return step % T == 0 if isinstance(T, int) else step >= state.get("due", 0)
+        T: int | Callable[[int], int] = layer.group["T"]
+        step: int = layer.state.get("step", 0)
+        return step % T == 0 if isinstance(T, int) else step >= layer.state.get("due", 0)
 
-    def _is_ready(self, binding: Binding, group: Group) -> bool | None:
+    def _is_ready(self, layer: Active) -> bool | None:
         """Whether a layer was measured for an update that is due; None: it is not due."""
-        parameter = binding.parameters[0]
-        state = self.state[parameter]
+        binding, group, state, _ = layer
         if "step" not in state:
-            state |= {"step": 0} | self._new_state(binding, group, parameter.device)
-        return binding.tap.has_statistics if self._is_due(binding, group) else None
+            device = binding.parameters[0].device
+            state |= {"step": 0} | self._new_state(binding, group, device)
+        return binding.tap.has_statistics if self._is_due(layer) else None
 
-    def _take_in(self, measured: Sequence[tuple[Binding, Group]], scale: Tensor | None) -> None:
+    def _take_in(self, measured: Sequence[Active], scale: Tensor | None) -> None:
         """Update the factors of layers that were measured, of a loss times `scale`."""
-        for binding, group in measured:
+        for binding, group, state, _ in measured:
             found = binding.tap.measured()
             assert found is not None
             if scale is not None and binding.tap.recipe.fisher == "empirical":
                 found = found.unscaled(scale)
-            state = self.state[binding.parameters[0]]
             self._update_factors(state, found, binding, group)
             self._count_update(state, group)
 
-    def _step_layers(
-        self, active: Sequence[tuple[Binding, Group]], counted: Sequence[bool]
-    ) -> None:
+    def _step_layers(self, active: Sequence[Active], counted: Sequence[bool]) -> None:
         """Step all parameters; for a layer that waits for its measurement the step counts not."""
         directions: dict[Tensor, Tensor] = {}
-        for (binding, group), counts in zip(active, counted, strict=True):
-            directions |= self._layer_directions(binding, group)
-            self._count_step(binding, group, counts)
+        for layer, counts in zip(active, counted, strict=True):
+            directions |= self._layer_directions(layer)
+            self._count_step(layer, counts)
         self._write_all(directions)
 
-    def _count_step(self, binding: Binding, group: Group, counts: bool) -> None:
+    def _count_step(self, layer: Active, counts: bool) -> None:
         """Go on to a layer's next step."""
         if counts:
-            self.state[binding.parameters[0]]["step"] += 1
-        self._tell(binding, group)
+            layer.state["step"] += 1
+        self._tell(layer)
 
-    def _layer_directions(self, binding: Binding, group: Group) -> dict[Tensor, Tensor]:
+    def _layer_directions(self, layer: Active) -> dict[Tensor, Tensor]:
         """Directions of one layer's parameters, by its newest factors."""
-        state = self.state[binding.parameters[0]]
+        binding, group, state, _ = layer
         matrix = binding.gradient_matrix(lambda p, g: self._smoothed(p, g, group))
         waits = state["step"] < group["warmup"]
         recipe = binding.tap.recipe
@@ -189,10 +191,11 @@ class KroneckerOptimizer(HookedOptimizer):
             checks.interval("T(step)", wait)
             state["due"] = state["step"] + wait
 
-    def _tell(self, binding: Binding, group: Group) -> None:
+    def _tell(self, layer: Active) -> None:
         """Tell a layer's tap what the next backward pass measures."""
-        state, tap = self.state[binding.parameters[0]], binding.tap
-        tap.enabled = self._is_due(binding, group)
+        binding, state = layer.binding, layer.state
+        tap = binding.tap
+        tap.enabled = self._is_due(layer)
         tap.basis = self._basis(binding, state) if "step" in state else None
         tap.turn = state.get("updates", 0)
 
@@ -210,6 +213,8 @@ class KroneckerOptimizer(HookedOptimizer):
     def _write(self, group: Group, directions: dict[Tensor, Tensor]) -> None:
         """Step the parameters of a group along directions, or along gradients."""
         if group["rule"] == self.rule:
+            if not directions:
+                return
             along = {p: directions[p] for p in group["params"] if p in directions}
             along = kl_clipped(along, group)
         else:
@@ -240,16 +245,18 @@ class KroneckerOptimizer(HookedOptimizer):
         checkpoint.restore_dtypes(state_dict, self.param_groups, self.state)
         for group, kept in zip(self.param_groups, callables, strict=True):
             group |= {key: value for key, value in kept.items() if group.get(key) is None}
-        groups = self._where()
+        where = self._where()
         for binding in self._bindings:
-            self._tell(binding, groups[binding.parameters[0]])
+            numbers = [where[p] for p in binding.parameters]
+            group, state = self.param_groups[numbers[0]], self.state[binding.parameters[0]]
+            self._tell(Active(binding, group, state, numbers))
 
     def _expected_shapes(self) -> dict[Tensor, dict[str, torch.Size]]:
         """Shapes of the factors of each layer, by the parameter that owns them."""
         meta = torch.device("meta")
-        groups = self._where()
+        where, groups = self._where(), self.param_groups
         fresh = {
-            b.parameters[0]: self._new_state(b, groups[b.parameters[0]], meta)
+            b.parameters[0]: self._new_state(b, groups[where[b.parameters[0]]], meta)
             for b in self._bindings
         }
         return {

@@ -15,7 +15,7 @@ from tn_kfac.optim import adaptive as adapting
 from tn_kfac.optim import checks, intervals, pending, refresh
 from tn_kfac.optim.averages import update_averages, update_moments
 from tn_kfac.optim.base import KroneckerOptimizer
-from tn_kfac.optim.binding import Binding
+from tn_kfac.optim.binding import Active, Binding
 from tn_kfac.optim.damping import by_inverses, in_eigenbasis, to_basis
 from tn_kfac.optim.groups import Group
 from tn_kfac.optim.inverses import Inverse, warm_iterations
@@ -207,9 +207,9 @@ class KFAC(KroneckerOptimizer):
             moments = to_basis(gradient, spaces, bases).square()
         update_moments(state, moments, group["factor_decay"])
 
-    def _refresh(self, active: Sequence[tuple[Binding, Group]]) -> None:
+    def _refresh(self, active: Sequence[Active]) -> None:
         """New inverses of all layers whose turn it is, together."""
-        layers = [(self._layer(b, self.state[b.parameters[0]]), group) for b, group in active]
+        layers = [(self._layer(b, state), group) for b, group, state, _ in active]
         self._pending.adopt([layer for layer, _ in layers])
         due = []
         for layer, group in layers:
@@ -259,7 +259,6 @@ class KFAC(KroneckerOptimizer):
         self._adaptation.clear()
 
     def _check_step(self) -> None:
-        super()._check_step()
         if self._options["adaptive"]:
             self._adaptation.batch()
             if ranks_of(self._process_group) > 1:
