@@ -39,6 +39,13 @@ def test_products_of_halves_are_summed_in_float32(device, batch, rows, inner, co
     assert ((found.double() - left.double() @ right.double()).abs() <= bound).all()
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_long_sums_lose_as_little_as_is_said():
+    rows = torch.randn(25_000, 512, device="cuda", dtype=torch.bfloat16)
+    found = multiplied(rows.mT, rows, torch.float32).diagonal().double()
+    assert (found / rows.double().square().sum(0) - 1).abs().max() <= 1e-4
+
+
 @on_devices
 @pytest.mark.parametrize("dtype", HALF)
 @pytest.mark.parametrize("approx", ["expand", "reduce"])
@@ -61,4 +68,5 @@ def test_factors_of_halves_are_those_of_the_same_numbers_in_float64(case, approx
     ]
     for found, expected in pairs:
         assert found.dtype == torch.float32
-        assert (found.double() - expected).abs().max() <= 4e-6 * expected.abs().max()
+        tolerance = 4e-6 if device == "cpu" else 2e-5  # tensor cores cut sums off
+        assert (found.double() - expected).abs().max() <= tolerance * expected.abs().max()

@@ -12,7 +12,8 @@ def multiplied(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
     """left @ right for two matrices, or two batches of them, with sums in `dtype`.
 
     On a GPU the products of half-precision entries are formed by tensor cores: exactly, for a
-    float32 holds the product of two of them, and the error is that of a float32 sum.
+    float32 holds the product of two of them. Their float32 sums are cut off instead of rounded,
+    so they end too small: by 4e-5 of a sum of 25,000 squares, at most 7e-5 (on an H200).
     """
     if left.dtype == dtype:
         return left @ right
