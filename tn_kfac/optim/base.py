@@ -22,6 +22,7 @@ from tn_kfac.optim.measured import check_measured
 from tn_kfac.optim.ranks import ranks_of, share
 from tn_kfac.optim.rules import FALLBACKS, sgd
 from tn_kfac.optim.scaling import found_inf, unscale
+from tn_kfac.optim.sharded import check_same, own, write
 from tn_kfac.optim.updates import kl_clipped, lengthened, smoothed
 
 
@@ -74,8 +75,9 @@ class KroneckerOptimizer(HookedOptimizer):
         """Update factors and parameters; returns the closure's loss, if there is one.
 
         Raises:
-            RuntimeError: If a scaler other than torch's has unscaled the gradients, or
-                `curvature` should have been called.
+            RuntimeError: If a scaler other than torch's has unscaled the gradients,
+                `curvature` should have been called, or parameters were sharded since the
+                optimizer was built.
         """
         loss = None
         if closure is not None:
@@ -103,6 +105,10 @@ class KroneckerOptimizer(HookedOptimizer):
     def _check_step(self) -> None:
         """Check that all that the step needs was measured, before anything is changed."""
         where = self._where()
+        for binding in self._bindings:
+            if all(p.grad is None for p in binding.parameters):
+                owned = {"weight": binding.weight, "bias": binding.bias}
+                check_same(binding.site.name, binding.site.modules, owned)
         check_measured(self._bindings, lambda b: self._is_due(b, where[b.parameters[0]]))
 
     def _where(self) -> dict[Tensor, Group]:
@@ -159,12 +165,23 @@ class KroneckerOptimizer(HookedOptimizer):
 
     def _layer_directions(self, binding: Binding, group: Group) -> dict[Tensor, Tensor]:
         """Directions of one layer's parameters, by its newest factors."""
-        state = self.state[binding.parameters[0]]
-        matrix = binding.gradient_matrix(lambda p, g: self._smoothed(p, g, group))
+        state, recipe = self.state[binding.parameters[0]], binding.tap.recipe
         waits = state["step"] < group["warmup"]
-        recipe = binding.tap.recipe
+        if binding.sharded and binding.entrywise and group["graft"] is group["update_rms"] is None:
+            return self._shard_directions(binding, group, waits)
+        matrix = binding.gradient_matrix(lambda p, g: self._smoothed(p, g, group))
         direction = matrix if waits else self._precondition(state, matrix, recipe, group)
         return binding.directions(lengthened(direction, matrix, state, group))
+
+    def _shard_directions(
+        self, binding: Binding, group: Group, waits: bool
+    ) -> dict[Tensor, Tensor]:
+        """The same of a sharded layer with diagonal factors: of this rank's shards alone."""
+        state, recipe = self.state[binding.parameters[0]], binding.tap.recipe
+        shape = (recipe.layer.groups, recipe.dim_out, recipe.dim_in)
+        ones = torch.ones(shape, dtype=binding.dtypes[1], device=binding.parameters[0].device)
+        scales = ones if waits else self._precondition(state, ones, recipe, group)
+        return binding.scaled(scales, lambda p, g: self._smoothed(p, g, group))
 
     def _checked(self, options: Group) -> Group:
         options = super()._checked(options)
@@ -213,10 +230,10 @@ class KroneckerOptimizer(HookedOptimizer):
             along = {p: directions[p] for p in group["params"] if p in directions}
             along = kl_clipped(along, group)
         else:
-            along = {p: p.grad for p in group["params"] if p.grad is not None}
+            along = {p: own(p.grad) for p in group["params"] if p.grad is not None}
         if along:
             rule = sgd if group["rule"] == self.rule else FALLBACKS[group["rule"]]
-            rule(list(along), list(along.values()), [self.state[p] for p in along], group)
+            write(rule, along, self.state, group)
 
     def state_dict(self) -> dict[str, Any]:
         """The state as plain tensors and numbers, none of them shared with the optimizer.

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 from tn_kfac.curvature import LayerTap
 from tn_kfac.curvature.tap import OF_THE_LOSS
 from tn_kfac.optim.binding import Binding
+from tn_kfac.optim.sharded import own
 
 
 def measured_apart(bindings: Iterable[Binding]) -> list[list[LayerTap]]:
@@ -34,7 +35,7 @@ def check_measured(bindings: list[Binding], is_due: Callable[[Binding], bool]) -
     ]  # if a tap was off (an interval has just been shortened), the next step measures
     if not waiting or any(tap.has_statistics for tap in waiting):
         return
-    if not any(p.grad.any() for b in bindings for p in b.parameters if p.grad is not None):
+    if not any(own(p.grad).any() for b in bindings for p in b.parameters if p.grad is not None):
         return  # torch.distributed.checkpoint makes states by a step along zero gradients
     apart = [tap.recipe.fisher for tap in waiting if tap.recipe.fisher not in OF_THE_LOSS]
     if apart:
