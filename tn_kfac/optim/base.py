@@ -151,9 +151,8 @@ class KroneckerOptimizer(HookedOptimizer):
         self, active: Sequence[tuple[Binding, Group]], counted: Sequence[bool]
     ) -> None:
         """Step all parameters; for a layer that waits for its measurement the step counts not."""
-        directions: dict[Tensor, Tensor] = {}
+        directions = self._directions(active)
         for (binding, group), counts in zip(active, counted, strict=True):
-            directions |= self._layer_directions(binding, group)
             self._count_step(binding, group, counts)
         self._write_all(directions)
 
@@ -163,24 +162,39 @@ class KroneckerOptimizer(HookedOptimizer):
             self.state[binding.parameters[0]]["step"] += 1
         self._tell(binding, group)
 
+    def _directions(self, active: Sequence[tuple[Binding, Group]]) -> dict[Tensor, Tensor]:
+        """Directions of the parameters of all layers."""
+        found: dict[Tensor, Tensor] = {}
+        for binding, group in active:
+            found |= self._layer_directions(binding, group)
+        return found
+
     def _layer_directions(self, binding: Binding, group: Group) -> dict[Tensor, Tensor]:
         """Directions of one layer's parameters, by its newest factors."""
-        state, recipe = self.state[binding.parameters[0]], binding.tap.recipe
-        waits = state["step"] < group["warmup"]
         if binding.sharded and binding.entrywise and group["graft"] is group["update_rms"] is None:
-            return self._shard_directions(binding, group, waits)
-        matrix = binding.gradient_matrix(lambda p, g: self._smoothed(p, g, group))
-        direction = matrix if waits else self._precondition(state, matrix, recipe, group)
+            return self._shard_directions(binding, group)
+        matrix = self._gradient(binding, group)
+        direction = self._direction(binding, matrix, group)
+        state = self.state[binding.parameters[0]]
         return binding.directions(lengthened(direction, matrix, state, group))
 
-    def _shard_directions(
-        self, binding: Binding, group: Group, waits: bool
-    ) -> dict[Tensor, Tensor]:
-        """The same of a sharded layer with diagonal factors: of this rank's shards alone."""
-        state, recipe = self.state[binding.parameters[0]], binding.tap.recipe
+    def _gradient(self, binding: Binding, group: Group) -> Tensor:
+        """What of a layer is preconditioned, as a matrix."""
+        return binding.gradient_matrix(lambda p, g: self._smoothed(p, g, group))
+
+    def _direction(self, binding: Binding, matrix: Tensor, group: Group) -> Tensor:
+        """It, preconditioned, unless the layer still warms up."""
+        state = self.state[binding.parameters[0]]
+        if state["step"] < group["warmup"]:
+            return matrix
+        return self._precondition(state, matrix, binding.tap.recipe, group)
+
+    def _shard_directions(self, binding: Binding, group: Group) -> dict[Tensor, Tensor]:
+        """Those of a sharded layer with diagonal factors: of this rank's shards alone."""
+        recipe = binding.tap.recipe
         shape = (recipe.layer.groups, recipe.dim_out, recipe.dim_in)
         ones = torch.ones(shape, dtype=binding.dtypes[1], device=binding.parameters[0].device)
-        scales = ones if waits else self._precondition(state, ones, recipe, group)
+        scales = self._direction(binding, ones, group)
         return binding.scaled(scales, lambda p, g: self._smoothed(p, g, group))
 
     def _checked(self, options: Group) -> Group:

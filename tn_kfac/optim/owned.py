@@ -1,0 +1,73 @@
+"""A step in which each layer's gradient is preconditioned by one rank alone, its owner."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tn_kfac.optim import intervals
+from tn_kfac.optim.base import KroneckerOptimizer
+from tn_kfac.optim.binding import Binding
+from tn_kfac.optim.groups import Group
+from tn_kfac.optim.owners import Owners
+from tn_kfac.optim.ranks import from_owners
+from tn_kfac.optim.updates import lengthened
+
+State = dict[str, Any]
+
+
+class OwnedOptimizer(KroneckerOptimizer):
+    """An optimizer that may keep what preconditions a layer on one rank, and send directions.
+
+    A checkpoint of a rank holds what that rank keeps. A layer whose owner finds nothing of it in
+    the checkpoint that it loads (of another rank, or of another number of ranks) begins with
+    new inverses.
+    """
+
+    _owners: Owners
+
+    def _keeps(self, binding: Binding) -> bool:
+        return self._owners.keeps(binding, self._bindings)
+
+    def _directions(self, active: Sequence[tuple[Binding, Group]]) -> dict[Tensor, Tensor]:
+        if not self._owners.active:
+            return super()._directions(active)
+        found: dict[Tensor, Tensor] = {}
+        sent, parts = [], []
+        for binding, group in active:
+            owner = self._owners.of(binding, self._bindings)
+            if owner is None:
+                found |= self._layer_directions(binding, group)
+                continue
+            matrix = self._gradient(binding, group)
+            dtype = torch.promote_types(matrix.dtype, binding.dtypes[1])
+            mine = self._direction(binding, matrix, group) if self._keeps(binding) else None
+            parts.append((owner, torch.empty_like(matrix, dtype=dtype) if mine is None else mine))
+            sent.append((binding, group, matrix if group["graft"] else None, dtype))
+        received = from_owners([(owner, part.to(at[-1])) for (owner, part), at in
+                                zip(parts, sent, strict=True)], self._process_group)  # fmt: skip
+        for (binding, group, matrix, _), direction in zip(sent, received, strict=True):
+            state = self.state[binding.parameters[0]]
+            gradient = direction if matrix is None else matrix
+            found |= binding.directions(lengthened(direction, gradient, state, group))
+        return found
+
+    def _settle(self, binding: Binding, fresh: State) -> None:
+        """After loading: a layer's inverses, if this rank keeps them; `fresh` ones if it must."""
+        state = self.state[binding.parameters[0]]
+        if "step" not in state:
+            return
+        scattered = state.pop("owner", None) is not None
+        if self._owners.active:
+            state["owner"] = self._owners.of(binding, self._bindings)
+            if not self._keeps(binding):
+                for key in fresh.keys() & state.keys():
+                    del state[key]
+                return
+            scattered = not fresh.keys() <= state.keys()
+        if scattered:
+            state |= fresh
+            intervals.begin_anew(state)
