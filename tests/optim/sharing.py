@@ -8,15 +8,17 @@ import json
 import sys
 import warnings
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from fsdp import Grouped, full, sharded
 from ranks import apart, backward, batch
-from torch import distributed, nn
+from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from tn_kfac import KFAC
+from tn_kfac import KFAC, SINGD, rank_costs
 from tn_kfac.optim import inverses
 
 OPTIONS = {"lr": 0.05, "damping": 0.02, "kl_clip": None, "T_inverse": 2, "warn_unsupported": False}
@@ -105,6 +107,47 @@ def spoiled(rank: int, ranks: int, mode: str) -> float:
     return max(apart(p, q) for p, q in zip(*said, strict=True)) if finite else 1.0
 
 
+def predicted(rank: int, ranks: int, build, **options) -> float:
+    """How far bytes of messages and of states are from what `rank_costs` says, relatively."""
+    torch.manual_seed(0)
+    model = Grouped()
+    wrapped = DistributedDataParallel(model)
+    optimizer = build(wrapped, warn_unsupported=False, **options)
+    expected = rank_costs(optimizer, ranks)
+    x, y = batch(0)
+    part = slice(4 * rank, 4 * rank + 4)
+    backward(wrapped, optimizer, x[part].float(), y[part], 1.0, "mean")
+    sent = {"all_reduce": 0, "broadcast": 0}
+
+    def counted(name: str, call):
+        def counting(tensor, *args, **kwargs):
+            sent[name] += tensor.numel() * tensor.element_size()
+            return call(tensor, *args, **kwargs)
+
+        return counting
+
+    with ExitStack() as stack:
+        for name in sent:
+            call = counted(name, getattr(distributed, name))
+            stack.enter_context(patch.object(distributed, name, call))
+        optimizer.step()
+    states = [s for p in model.parameters() if (s := optimizer.state[p]).get("updates")]
+    held = {True: 0, False: 0}
+    for state in states:
+        for key, value in state.items():
+            if isinstance(value, Tensor) and key != "momentum_buffer":
+                inverse = key.endswith(("_basis", "_values", "_inverse"))
+                held[inverse] += value.numel() * value.element_size()
+    most = max(from_all(held[True], ranks))
+    pairs = [
+        (sent["all_reduce"], expected.statistics_bytes),
+        (sent["broadcast"], expected.broadcast_bytes),
+        (held[False], expected.factor_bytes),
+        (most, expected.inverse_bytes),
+    ]
+    return float(max(abs(found - said) / max(said, 1) for found, said in pairs))
+
+
 def resumed(rank: int, ranks: int, mode: str, into: str, own: bool) -> float:
     """How far a run from a checkpoint, of this rank or of rank 0, is from the one saved.
 
@@ -129,6 +172,21 @@ def resumed(rank: int, ranks: int, mode: str, into: str, own: bool) -> float:
 def trials(rank: int, ranks: int) -> dict[str, Callable[[], float]]:
     """What is tried with so many ranks."""
     found: dict[str, Callable[[], float]] = {}
+    if ranks == 2:
+        kinds = {
+            "SINGD": (SINGD, {"T": 1}),
+            "SINGD dense": (SINGD, {"T": 1, "structure": "dense"}),
+            "KFAC": (KFAC, {}),
+            "KFAC gradients": (KFAC, {"share_inverses": "gradients"}),
+            "KFAC cholesky": (KFAC, {"inverse": "cholesky", "structure": "block2diagonal"}),
+            "KFAC bfloat16": (KFAC, {"preconditioner_dtype": torch.bfloat16}),
+            "KFAC not shared": (KFAC, {"share_inverses": False}),
+            "EKFAC": (KFAC, {"ekfac": "exact"}),
+        }
+        for name, (kind, options) in kinds.items():
+            found[f"{name}, predicted"] = lambda kind=kind, options=options: predicted(
+                rank, ranks, kind, **options
+            )
     for mode in MODES:
         cases = CASES if ranks == 2 else {"eigh": {}}
         for case, options in cases.items():

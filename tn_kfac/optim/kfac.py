@@ -202,7 +202,6 @@ class KFAC(OwnedOptimizer):
     def _fresh(
         self, binding: Binding, state: dict[str, Any], group: Group, device: torch.device
     ) -> dict[str, Any]:
-        """What a layer's state holds until there is an inverse."""
         layer = self._layer(binding, state)
         return refresh.new_state(layer, group["inverse"], binding.dtypes, device)
 

@@ -29,6 +29,11 @@ class OwnedOptimizer(KroneckerOptimizer):
 
     _owners: Owners
 
+    @property
+    def sharing(self) -> Any:
+        """What ranks send each other: False, "inverses" or "gradients"."""
+        return self._owners.sharing
+
     def _keeps(self, binding: Binding) -> bool:
         return self._owners.keeps(binding, self._bindings)
 

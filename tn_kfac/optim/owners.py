@@ -124,19 +124,19 @@ class Owners:
     """
 
     def __init__(self, sharing: Any, group: Any) -> None:
-        self._sharing, self._group = sharing, group
+        self.sharing, self._group = sharing, group
         self._loads: list[int] = []
         self._found: dict[str, int | None] = {}
 
     @property
     def inverses_over(self) -> Any:
         """The group over which decompositions are shared out, False if they are not."""
-        return self._group if self._sharing == "inverses" else False
+        return self._group if self.sharing == "inverses" else False
 
     @property
     def active(self) -> bool:
         """Whether layers have owners."""
-        return self._sharing == "gradients" and ranks_of(self._group) > 1
+        return self.sharing == "gradients" and ranks_of(self._group) > 1
 
     def check(self, binding: Binding, group: Group) -> None:
         """Check that a layer can have an owner.
@@ -145,7 +145,7 @@ class Owners:
             ValueError: If all ranks need its inverses.
         """
         for key in ("ekfac", "lag"):
-            if self._sharing == "gradients" and group.get(key):
+            if self.sharing == "gradients" and group.get(key):
                 raise ValueError(
                     f"share_inverses='gradients' keeps the inverses of layer {binding.site.name!r} "
                     f"on one rank, but {key}={group[key]!r} needs them on all: choose "
