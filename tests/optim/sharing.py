@@ -42,8 +42,14 @@ def pair(rank: int, parameters: str = "plain", **options):
     torch.manual_seed(0)
     model = Grouped().double().eval()
     twin = copy.deepcopy(model)
-    wrapped = sharded(model) if parameters == "sharded" else DistributedDataParallel(model)
-    alone = {key: value for key, value in options.items() if key != "share_inverses"}
+    group = options.get("process_group")
+    wrapped = (
+        sharded(model)
+        if parameters == "sharded"
+        else DistributedDataParallel(model, process_group=group)
+    )
+    own = ("share_inverses", "process_group")
+    alone = {key: value for key, value in options.items() if key not in own}
     return model, wrapped, build(wrapped, **options), twin, build(twin, process_group=False,
                                                                   **alone)  # fmt: skip
 
@@ -186,6 +192,12 @@ def trials(rank: int, ranks: int) -> dict[str, Callable[[], float]]:
         for name, (kind, options) in kinds.items():
             found[f"{name}, predicted"] = lambda kind=kind, options=options: predicted(
                 rank, ranks, kind, **options
+            )
+    else:
+        pairs = [distributed.new_group(members) for members in ([0, 1], [2, 3])]
+        for mode in MODES:
+            found[f"{mode}, two groups"] = lambda mode=mode: run(
+                rank % 2, 2, share_inverses=mode, process_group=pairs[rank // 2]
             )
     for mode in MODES:
         cases = CASES if ranks == 2 else {"eigh": {}}

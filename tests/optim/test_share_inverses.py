@@ -14,7 +14,7 @@ from tn_kfac.optim.owners import owners
 def test_shared_is_one_process(tmp_path, ranks):
     """Parameters, for both ways of sharing; who decomposes and keeps what; resumed runs."""
     said = launch("sharing.py", ranks, tmp_path)
-    assert len(said[0]) == {2: 32, 4: 2}[ranks]
+    assert len(said[0]) == {2: 32, 4: 4}[ranks]
     wrong = {
         trial: [found[trial] for found in said]
         for trial in said[0]

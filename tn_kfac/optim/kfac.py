@@ -271,11 +271,6 @@ class KFAC(OwnedOptimizer):
         """Restore a state; what is computed beside is dropped."""
         super().load_state_dict(state_dict)
         self._pending.discard()
-        where = self._where()
-        for binding in self._bindings:
-            p = binding.parameters[0]
-            if self.state[p]:
-                self._settle(binding, self._fresh(binding, self.state[p], where[p], p.device))
 
     def close(self) -> None:
         """Remove every hook and end the thread; the optimizer must not be used afterwards."""

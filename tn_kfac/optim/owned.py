@@ -41,30 +41,42 @@ class OwnedOptimizer(KroneckerOptimizer):
         if not self._owners.active:
             return super()._directions(active)
         found: dict[Tensor, Tensor] = {}
-        sent, parts = [], []
+        parts: list[tuple[int | None, Tensor]] = []
+        later: list[tuple[Binding, Group, Tensor | None]] = []
         for binding, group in active:
             owner = self._owners.of(binding, self._bindings)
             if owner is None:
                 found |= self._layer_directions(binding, group)
                 continue
             matrix = self._gradient(binding, group)
-            dtype = torch.promote_types(matrix.dtype, binding.dtypes[1])
-            mine = self._direction(binding, matrix, group) if self._keeps(binding) else None
-            parts.append((owner, torch.empty_like(matrix, dtype=dtype) if mine is None else mine))
-            sent.append((binding, group, matrix if group["graft"] else None, dtype))
-        received = from_owners([(owner, part.to(at[-1])) for (owner, part), at in
-                                zip(parts, sent, strict=True)], self._process_group)  # fmt: skip
-        for (binding, group, matrix, _), direction in zip(sent, received, strict=True):
+            parts.append((owner, self._owned_direction(binding, matrix, group)))
+            later.append((binding, group, matrix if group["graft"] else None))
+        received = from_owners(parts, self._process_group)
+        for (binding, group, matrix), direction in zip(later, received, strict=True):
             state = self.state[binding.parameters[0]]
             gradient = direction if matrix is None else matrix
             found |= binding.directions(lengthened(direction, gradient, state, group))
         return found
 
+    def _owned_direction(self, binding: Binding, matrix: Tensor, group: Group) -> Tensor:
+        """The preconditioned gradient matrix, on other ranks than its owner's memory for it."""
+        dtype = torch.promote_types(matrix.dtype, binding.dtypes[1])
+        if not self._keeps(binding):
+            return torch.empty_like(matrix, dtype=dtype)
+        return self._direction(binding, matrix, group).to(dtype)
+
+    def load_state_dict(self, state_dict: State) -> None:
+        """Restore a state, and of inverses what this rank keeps."""
+        super().load_state_dict(state_dict)
+        where = self._where()
+        for binding in self._bindings:
+            p = binding.parameters[0]
+            if "step" in self.state[p]:
+                self._settle(binding, self._fresh(binding, self.state[p], where[p], p.device))
+
     def _settle(self, binding: Binding, fresh: State) -> None:
         """After loading: a layer's inverses, if this rank keeps them; `fresh` ones if it must."""
         state = self.state[binding.parameters[0]]
-        if "step" not in state:
-            return
         scattered = state.pop("owner", None) is not None
         if self._owners.active:
             state["owner"] = self._owners.of(binding, self._bindings)
