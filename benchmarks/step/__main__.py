@@ -78,6 +78,7 @@ def run(args: argparse.Namespace) -> int:
     deadline = time.perf_counter() + (args.max_seconds or float("inf"))
     if args.device == "cuda":
         torch.backends.cudnn.benchmark = True
+        torch.set_float32_matmul_precision("high" if args.tf32 else "highest")
     document = Document(args.output, circumstances(args))
     document.write()
     commit = {"commit": document.circumstances["versions"]["commit"]}
@@ -153,6 +154,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--batch", type=int, help="default: the model's")
     add("--pixels", type=int, help="of an image's side; default: the model's")
     add("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--tf32", action="store_true", help="float32 matrix products in TF32 (torch: off)")
     add("--profile", action="store_true", help="kernels and their launches, by torch.profiler")
     add("--cpu-profile", action="store_true", help="the host's functions, by cProfile")
     add("--max-seconds", type=float, help="no optimizer starts when too few are left")

@@ -31,6 +31,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "KFAC eigh": {},
     "KFAC cholesky": {"inverse": "cholesky"},
     "KFAC newton-schulz": {"inverse": "newton-schulz"},
+    "KFAC newton-schulz, max_dim=1024": {"inverse": "newton-schulz", "max_dim": 1024},
     "EKFAC": {"ekfac": True},
 }
 INTERVALS = ((10, 100), (1, 10), (1, 1))
@@ -109,7 +110,8 @@ def table(rows: Sequence[Row], facts: dict[str, Any]) -> str:
     base = {row["model"]: row for row in rows if row["optimizer"] == "SGD"}
     for row in rows:
         first = base[row["model"]]
-        name = f"| {row['model']} | {row['optimizer']} |"
+        when = f" (at {row['commit']})" if "commit" in row else ""
+        name = f"| {row['model']} | {row['optimizer']}{when} |"
         if row is first:
             lines.append(f"{name} {row['plain'] * 1e3:.1f} ms | | {'| ' * len(heads)}| "
                          f"{row['peak'] / 2**30:.2f} GiB | |")  # fmt: skip
@@ -131,11 +133,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--models", nargs="+", choices=tuple(NETWORKS), default=["resnet18", "vit_b_16"])
     add("--optimizers", nargs="+", choices=tuple(VARIANTS), default=list(VARIANTS))
     add("--batch", type=int, help="default: the model's own")
+    add("--tf32", action="store_true", help="matrix products in TF32 too, not just convolutions")
     add("--output", type=Path, default=ROOT / "benchmarks" / "results" / "step-intervals.json")
     args = parse.parse_args(arguments)
     if not torch.cuda.is_available():
         parse.error("needs a CUDA device: on a CPU, benchmarks.step measures whole periods")
-    set_precision("cuda", tf32=False)
+    set_precision("cuda", tf32=args.tf32)
     torch.backends.cudnn.allow_tf32 = True  # torch's default
     facts = {"machine": machine("cuda"), "versions": versions()}
     rows: list[Row] = []

@@ -7,6 +7,11 @@ from hypothesis import strategies as st
 from spaces import DTYPE, SPACES, TIGHT, batches, dims, each_space, seeds
 from torch import Tensor
 
+from tn_kfac.structures import BlockDiagonal, block_diagonal
+
+GPU = pytest.param(
+    "cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+)
 bordered = pytest.mark.parametrize("name", ["dense", "diagonal"])
 
 
@@ -85,6 +90,21 @@ def test_gram_of_rows_is_projected(space, batch, count, dim, seed):
         *batch, count, dim, dtype=DTYPE, generator=torch.Generator().manual_seed(seed)
     )
     space.check(space.structure.project_gram(rows), space.project(rows.mT @ rows))
+
+
+@pytest.mark.parametrize("device", ["cpu", GPU])
+@pytest.mark.parametrize(("groups", "dim"), [(1, 6), (2, 7), (3, 2)])
+def test_gram_of_many_rows_in_blocks(groups, dim, device, monkeypatch):
+    """Rows may be cut into parts, as they are on a GPU."""
+    if device == "cpu":
+        monkeypatch.setattr(block_diagonal, "shares", lambda rows, blocks: 4)
+    rows = torch.randn(groups, 2048, dim, dtype=DTYPE, device=device)
+    space = BlockDiagonal(3)
+    assert block_diagonal.shares(rows, 2) > 1
+    found = space.to_dense(space.project_gram(rows))
+    block = torch.arange(dim, device=device) // 3
+    expected = torch.where(block[:, None] == block, rows.mT @ rows, 0)
+    torch.testing.assert_close(found, expected)
 
 
 @each_space

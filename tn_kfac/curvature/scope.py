@@ -48,9 +48,10 @@ class ForwardScope:
 
     def mark(self, tracked: bool) -> None:
         """Begin (or end) a forward pass: no layer has been called yet."""
+        compiling = torch.compiler.is_compiling()
         for tap in self.taps:
             tap.called = False
-            if torch.compiler.is_compiling():  # counted while tracing
+            if compiling:  # counted while tracing
                 tap.scope = tap.traced if tracked else None
             else:
                 tap.scope = Samples() if tracked else None

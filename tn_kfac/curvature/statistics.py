@@ -151,8 +151,10 @@ class Recipe:
 
     def thinned(self, saved: Saved, gradient: Tensor, turn: int) -> tuple[Saved, Tensor, float]:
         """The samples of a call that are measured, and how many times as many there are."""
+        if self.every == 1:
+            return saved, gradient, 1.0
         samples, _ = self.layer.counts(gradient.shape)
-        if self.every > 1 and samples:
+        if samples:
             start = turn % min(self.every, samples)
             saved, gradient = self.layer.thinned(saved, gradient, start, self.every)
         measured, _ = self.layer.counts(gradient.shape)

@@ -9,7 +9,7 @@ recomputes; and nothing but autograd keeps an activation alive.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -45,17 +45,14 @@ class Tap(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         """Pass the gradient on unchanged, and give each probe its statistic."""
-        (gradient,) = gradients
-        tap: LayerTap = ctx.layer_tap
-        nothing = (None for _ in ctx.needs_input_grad[1:])
+        gradient, tap, samples = gradients[0], ctx.layer_tap, ctx.samples
         if not tap.recording or not _runs(ctx.next_functions[-1][0]):
-            return gradient, *nothing
+            return gradient, *(None,) * (len(ctx.needs_input_grad) - 1)
         saved = ctx.saved_tensors
         tap.forget_discarded()
-        tap.met.append(ctx.samples)
-        first = ctx.samples.count_once(tap.epoch)
-        statistics = tap.measure(saved, gradient, first)
-        return gradient, None, None, None, *(None for _ in saved), *statistics
+        tap.met.append(samples)
+        statistics = tap.measure(saved, gradient, samples.count_once(tap.epoch))
+        return gradient, *(None,) * (3 + len(saved)), *statistics
 
 
 def _runs(node: Any) -> bool:
@@ -113,8 +110,8 @@ class LayerTap:
         if _transformed() or not self._trains(module):
             return None
         saved = self.recipe.layer.saved(module, args, kwargs) if self.recipe.has_weight else ()
-        probes = self.probes_on(output.device)
-        return Tap.apply(output, self, self._samples(), len(saved), *saved, *probes)
+        samples = self.scope or self._samples()
+        return Tap.apply(output, self, samples, len(saved), *saved, *self.probes_on(output.device))
 
     def _traced(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any],
                 output: Tensor) -> Tensor | None:  # fmt: skip
@@ -125,26 +122,24 @@ class LayerTap:
         first, self.called = not (self.called and self.scope is not None), True
         return traced_tap(output, self.key, first, saved, self.probes_on(output.device))
 
-    def _trains(self, module: nn.Module) -> bool:
+    def _trains(self, module: Any) -> bool:
         """Whether one of the parameters takes gradients now."""
-        return any(parameter.requires_grad for parameter in self._parameters(module))
-
-    def _parameters(self, module: nn.Module) -> list[Tensor]:
-        names = ("weight",) * self.recipe.has_weight + ("bias",) * self.recipe.has_bias
-        return [getattr(module, name) for name in names]
+        recipe = self.recipe
+        return (recipe.has_weight and module.weight.requires_grad) or (
+            recipe.has_bias and module.bias.requires_grad
+        )
 
     def forget_discarded(self) -> None:
         """Drop statistics whose gradients were dropped: by `model.zero_grad()`, say."""
-        if not self.trained or self.recipe.fisher not in OF_THE_LOSS:
+        if not has_gradient(self._probes) or has_gradient(self.trained):
             return
-        measured = any(p.grad is not None for p in self._probes)
-        if measured and all(parameter.grad is None for parameter in self.trained):
+        if self.trained and self.recipe.fisher in OF_THE_LOSS:
             self.clear()
 
     def _samples(self) -> Samples:
-        """Those of the model's forward pass, also where it is recomputed in a backward pass."""
+        """Outside of the model's forward pass: its last one's where that is recomputed."""
         recomputing = torch._C._current_graph_task_id() != -1
-        return self.scope or (self.latest if recomputing else None) or Samples()
+        return (self.latest if recomputing else None) or Samples()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> InertHook:
         """A copy of the model (an EMA, say) is not trained by this optimizer."""
@@ -193,8 +188,10 @@ class LayerTap:
     @property
     def has_statistics(self) -> bool:
         """Whether a backward pass was measured since `clear`."""
-        probes = self._probes
-        return len(probes) > 0 and all(probe.grad is not None for probe in probes)
+        for probe in self._probes:
+            if probe.grad is None:
+                return False
+        return len(self._probes) > 0
 
     def factors(self) -> Factors | None:
         """The normalised factors of all backward passes since `clear`, None without one."""
@@ -224,12 +221,21 @@ class AutocastInput:
     """Pre-hook: the cast that autocast would make inside, so layer and tap save one tensor."""
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        if not args or not isinstance(args[0], Tensor) or args[0].dtype != torch.float32:
+        x = args[0] if args else None
+        if not isinstance(x, Tensor) or x.dtype != torch.float32:
             return None
-        kind = args[0].device.type
+        kind = x.device.type
         if not torch.is_autocast_enabled(kind):
             return None
-        return (args[0].to(torch.get_autocast_dtype(kind)), *args[1:])
+        return (x.to(torch.get_autocast_dtype(kind)), *args[1:])
+
+
+def has_gradient(tensors: Iterable[Tensor]) -> bool:
+    """Whether one of them has a gradient."""
+    for tensor in tensors:  # noqa: SIM110 - a generator takes thrice as long, in every layer
+        if tensor.grad is not None:
+            return True
+    return False
 
 
 def _transformed() -> bool:

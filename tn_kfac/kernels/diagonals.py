@@ -14,8 +14,8 @@ with the number of rows after it if there is a bias; G; the number of rows; that
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache, partial
 from itertools import pairwise
 from math import prod
@@ -82,6 +82,15 @@ def diagonals_reference(x: Tensor, v: Tensor, request: Request, dtype: torch.dty
 def diagonals(x: Tensor, v: Tensor, request: Request, counters: Tensor) -> Tensor | None:
     """The vector in float32 by the kernel; None where that does not run.
 
+    See `prepared` and `Call`.
+    """
+    call = prepared(x, v, request)
+    return None if call is None else call(x, v, counters)
+
+
+def prepared(x: Tensor, v: Tensor, request: Request) -> Call | None:
+    """The kernel's call for tensors of these shapes, strides, dtypes and device.
+
     It needs Triton, float32, bfloat16 or float16, at most two pixel axes with 16 offsets each,
     positions at equal distances in memory, and less than 2³¹ entries a sample.
 
@@ -89,21 +98,37 @@ def diagonals(x: Tensor, v: Tensor, request: Request, counters: Tensor) -> Tenso
         x: The input, (n, c, *pixels).
         v: The output gradient, (n, d, *positions).
         request: What is wanted.
-        counters: `COUNTERS` zeros (int32), for this call alone until it is done; left as zeros.
     """
     if diagonals_triton is None or x.dtype not in PARTS or v.dtype not in PARTS:
         return None
     tensors = (x.shape, x.stride(), v.shape, v.stride())
     made = _launch(*tensors, request.axes, request.groups, request.reduce, request.bias,
                    (PARTS[x.dtype], PARTS[v.dtype]))  # fmt: skip
-    if made is None:
-        return None
-    out = torch.empty(made.size, dtype=torch.float32, device=x.device)
-    parts = torch.empty(made.parts, dtype=torch.float32, device=x.device)
-    numbers = (made.rows, float(request.terms), float(request.scale), *made.numbers)
-    tensors = (x, v, out, parts, counters)
-    diagonals_triton.launch(made.programs, made.compiled, tensors, numbers, made.constants)
-    return out
+    return None if made is None else Call(made, request, x.device)
+
+
+class Call:
+    """A call of the kernel, of which only the tensors are missing."""
+
+    def __init__(self, made: Launch, request: Request, device: torch.device) -> None:
+        assert diagonals_triton is not None
+        self._size, self._parts, self._device = made.size, made.parts, device
+        self._kernel = diagonals_triton.prepared(made.programs, made.constants)
+        self._numbers = (made.rows, float(request.terms), float(request.scale), *made.numbers)
+
+    def __call__(self, x: Tensor, v: Tensor, counters: Tensor) -> Tensor:
+        """The vector.
+
+        Args:
+            x: The input.
+            v: The output gradient.
+            counters: `COUNTERS` zeros (int32), for this call alone until it is done; left as
+                zeros.
+        """
+        out = torch.empty(self._size, dtype=torch.float32, device=self._device)
+        parts = torch.empty(self._parts, dtype=torch.float32, device=self._device)
+        self._kernel((x, v, out, parts, counters), self._numbers)
+        return out
 
 
 @dataclass(frozen=True)
@@ -116,7 +141,6 @@ class Launch:
     rows: float
     numbers: tuple[float, ...]
     constants: dict[str, Any]
-    compiled: dict[Hashable, Any] = field(default_factory=dict)
 
 
 class _Axis(NamedTuple):
@@ -213,7 +237,8 @@ def _constants(
         for number, axis in ((1, first), (2, second))
         for name, value in zip("KSPD", axis[1:5], strict=True)
     }
-    known = windows | {
+    assert diagonals_triton is not None
+    return windows | {
         "BIAS": int(bias), "GROUPS": _power(groups), "K": _power(first.kernel),
         "REDUCE": given.reduce, "PARTS": wide[0] if given.reduce else min(3, 2 * wide[0]),
         "V_REDUCE": grad.reduce, "V_PARTS": wide[1] if grad.reduce else min(3, 2 * wide[1]),
@@ -221,9 +246,8 @@ def _constants(
         "V_WIDTH": max(16, _power(grad.width)), "V_LINES": grad.at_once,
         "CHANNELS": given.block, "V_CHANNELS": grad.block,
         "BLOCK": block, "AT_ONCE": TILE // block, "V_AT_ONCE": TILE // grad.block,
+        "DOT": diagonals_triton.PART,
     }  # fmt: skip
-    assert diagonals_triton is not None
-    return diagonals_triton.in_order(known)
 
 
 def _plain(

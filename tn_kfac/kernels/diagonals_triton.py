@@ -12,14 +12,14 @@ order, so results are reproducible.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from tn_kfac.kernels.available import INTERPRETED
+from tn_kfac.kernels.launching import Prepared
 
 
 @triton.jit
@@ -175,33 +175,6 @@ PART = tl.float32 if INTERPRETED else tl.bfloat16
 WARPS, STAGES = 4, 3
 
 
-def launch(
-    programs: int,
-    compiled: dict[Hashable, Any],
-    tensors: Sequence[Tensor],
-    numbers: Sequence[float],
-    constants: Mapping[str, Any],
-) -> None:
-    """Launch the kernel; `compiled` keeps what Triton would look for every time.
-
-    Args:
-        programs: How many.
-        compiled: For these constants and numbers, by what else Triton compiles for.
-        tensors: The kernel's first arguments, of which the first two are a user's.
-        numbers: Those that follow.
-        constants: The last ones, by name.
-    """
-    x, v = tensors[:2]
-    known = (x.dtype, v.dtype, x.data_ptr() % 16, v.data_ptr() % 16, x.device)
-    if known in compiled:
-        compiled[known][(programs, 1, 1)](*tensors, *numbers, *constants.values())
-        return
-    found = kernel[(programs,)](*tensors, *numbers, **constants, num_warps=WARPS, num_stages=STAGES)
-    if found is not None:  # the interpreter compiles nothing
-        compiled[known] = found
-
-
-def in_order(constants: Mapping[str, Any]) -> dict[str, Any]:
-    """The constants as the kernel takes them."""
-    known = {**constants, "DOT": PART}
-    return {name: known[name] for name in kernel.arg_names if name in known}
+def prepared(programs: int, constants: Mapping[str, Any]) -> Prepared:
+    """The kernel for these constants."""
+    return Prepared(kernel, programs, constants, num_warps=WARPS, num_stages=STAGES)

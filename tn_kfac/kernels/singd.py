@@ -7,7 +7,7 @@ Their plain-torch reference is what the optimizer does for one layer after anoth
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +16,9 @@ try:
     from tn_kfac.kernels import singd_triton
 except ImportError:  # no Triton on this machine
     singd_triton = None
+
+if TYPE_CHECKING:
+    from tn_kfac.kernels.launching import Prepared
 
 BLOCK, ROWS, COLUMNS = 1024, 32, 128
 """Entries of a factor, and rows and columns of a weight, that a program takes at once."""
@@ -54,22 +57,33 @@ class Weight(NamedTuple):
     """A parameter as matrices (groups, rows, columns) in memory, and the factors of its axes.
 
     Attributes:
+        groups: Matrices.
+        across: The address of the factor's entry of the first row.
+        along: That of the first column.
         rows: Of each group.
-        across: The factor's entry of the first row; `across_step` is from row to row.
-        along: That of the first column; `along_step` is from group to group.
+        columns: Of each row.
+        across_step: The distance of factors from row to row.
+        along_step: That from group to group.
         channels: Columns in memory run over so many channels first, then over pixels; in
             `along` pixels run first.
+        pixels: Columns of one channel.
     """
 
     groups: int
+    across: int
+    along: int
     rows: int
     columns: int
-    across: int
     across_step: int
-    along: int
     along_step: int
     channels: int
     pixels: int
+
+
+def unchanged(entries: int, one: Tensor) -> Weight:
+    """A parameter without factors, contiguous in memory; `one` is a float32 of value 1."""
+    rows, columns = (entries // COLUMNS, COLUMNS) if entries % COLUMNS == 0 else (1, entries)
+    return Weight(1, one.data_ptr(), one.data_ptr(), rows, columns, 0, 0, 2**31 - 1, 0)
 
 
 class SgdRule(NamedTuple):
@@ -87,11 +101,15 @@ class SgdRule(NamedTuple):
 
 
 class Tables:
-    """Tables of addresses and of programs on the device, kept as long as they do not change."""
+    """What launches need: tables of addresses and of programs on the device, and kernels.
+
+    All of it is kept as long as it does not change.
+    """
 
     def __init__(self) -> None:
-        self._known: dict[Hashable, tuple[tuple[int, ...], Tensor, Tensor]] = {}
+        self._known: dict[Hashable, tuple[list[int], Tensor, Tensor]] = {}
         self._programs: dict[Hashable, Tensor] = {}
+        self._kernels: dict[Hashable, Prepared] = {}
         self._spare: dict[Hashable, Tensor] = {}
         self._captured: list[Any] = []
 
@@ -101,19 +119,24 @@ class Tables:
             self._programs[key] = make().to(device, torch.int32)
         return self._programs[key]
 
+    def kernel(self, key: Hashable, make: Callable[[], Prepared]) -> Prepared:
+        """A kernel; `key` says what it depends on."""
+        if key not in self._kernels:
+            self._kernels[key] = make()
+        return self._kernels[key]
+
     def addresses(self, key: Hashable, values: list[int], device: torch.device) -> Tensor:
         """The values on the device. `key` is whose they are: they may differ in every step."""
         known = self._known.get(key)
-        wanted = tuple(values)
-        if known is not None and known[0] == wanted:
+        if known is not None and known[0] == values:
             return known[1]
         if device.type != "cuda":
             table = torch.tensor(values)
-            self._known[key] = (wanted, table, table)
+            self._known[key] = (values, table, table)
             return table
-        return self._uploaded(key, wanted, device)
+        return self._uploaded(key, values, device)
 
-    def _uploaded(self, key: Hashable, values: tuple[int, ...], device: torch.device) -> Tensor:
+    def _uploaded(self, key: Hashable, values: list[int], device: torch.device) -> Tensor:
         """The same, without waiting for the device.
 
         A CUDA graph that is captured reads the pinned memory whenever it is replayed; so that
@@ -147,26 +170,28 @@ def update_factors(
         rule: How.
         scale: By which the loss was multiplied, one number on the device.
     """
-    device = layers[0].K.device
-    sizes = tuple((*layer.K.shape, layer.C.shape[1]) for layer in layers)
-    values = [
-        number
-        for layer, size in zip(layers, sizes, strict=True)
-        for number in (*(tensor.data_ptr() for tensor in layer), *size)
-    ]
-    key = ("factors", device, sizes)
-    programs = tables.programs(key, lambda: _groups([size[0] for size in sizes]), device)
-    table = tables.addresses(key, values, device)
     assert singd_triton is not None
+    device, values = layers[0].K.device, []
+    for statistic, K, C, m_K, m_C in layers:
+        values += (statistic.data_ptr(), K.data_ptr(), C.data_ptr(), m_K.data_ptr(),
+                   m_C.data_ptr(), *K.shape, C.shape[1])  # fmt: skip
+    groups = tuple(values[5::8])
+    key = ("factors", device, groups, tuple(values[6::8]), tuple(values[7::8]))
+    programs = tables.programs(key, lambda: _groups(groups), device)
+    table = tables.addresses(key, values, device)
     limit = 1.0 if rule.limit is None else rule.limit
-    numbers = (rule.damping, rule.alpha, rule.beta, limit)
+    constants = {
+        "TERMS": rule.terms, "SCALED": scale is not None, "IKFAC": rule.ikfac, "BLOCK": BLOCK,
+        "NORMALISED": rule.normalised, "MOMENTUM": rule.alpha != 0,
+        "LIMITED": rule.limit is not None and rule.beta != 0,
+    }  # fmt: skip
+    known = ("factors", device, len(programs), scale is None or scale.dtype, *constants.values())
+    kernel = tables.kernel(
+        known, lambda kernels=singd_triton: kernels.prepared_update(len(programs), constants)
+    )
     with torch.cuda.device_of(table):
-        singd_triton.launch_update(
-            len(programs), table, programs, table if scale is None else scale, *numbers,
-            TERMS=rule.terms, SCALED=scale is not None, IKFAC=rule.ikfac, BLOCK=BLOCK,
-            NORMALISED=rule.normalised, MOMENTUM=rule.alpha != 0,
-            LIMITED=rule.limit is not None and rule.beta != 0,
-        )  # fmt: skip
+        numbers = (rule.damping, rule.alpha, rule.beta, limit)
+        kernel((table, programs, table if scale is None else scale), numbers)
 
 
 def step_parameters(
@@ -180,24 +205,27 @@ def step_parameters(
 
     Gradients and buffers (None: no momentum) have the dtype and strides of their parameters.
     """
+    assert singd_triton is not None
     device, dtype = parameters[0].device, parameters[0].dtype
-    shapes = tuple((w.groups, w.rows, w.columns) for w in weights)
     values: list[int] = []
-    for p, buffer, w in zip(parameters, buffers, weights, strict=True):
+    for p, buffer, weight in zip(parameters, buffers, weights, strict=True):
         assert p.grad is not None
         momentum = 0 if buffer is None else buffer.data_ptr()
-        values += (p.data_ptr(), p.grad.data_ptr(), momentum, w.across, w.along, w.rows,
-                   w.columns, w.across_step, w.along_step, w.channels, w.pixels)  # fmt: skip
-    key = ("parameters", device, dtype, shapes)
+        values += (p.data_ptr(), p.grad.data_ptr(), momentum, *weight[1:])
+    shapes = (tuple([w[0] for w in weights]), tuple(values[5::11]), tuple(values[6::11]))
+    key = ("parameters", device, dtype, *shapes)
     programs = tables.programs(key, lambda: _blocks(shapes), device)
     table = tables.addresses(key, values, device)
-    assert singd_triton is not None
-    numbers = (rule.lr, rule.momentum, rule.decay, rule.shrink)
+    constants = {
+        "MOMENTUM": buffers[0] is not None, "NESTEROV": rule.nesterov, "ROOT": rule.root,
+        "BLOCK_R": ROWS, "BLOCK_C": COLUMNS,
+    }  # fmt: skip
+    kernel = tables.kernel(
+        ("parameters", device, dtype, len(programs), *constants.values()),
+        lambda kernels=singd_triton: kernels.prepared_step(len(programs), dtype, constants),
+    )
     with torch.cuda.device_of(table):
-        singd_triton.launch_step(
-            len(programs), dtype, table, programs, *numbers, MOMENTUM=buffers[0] is not None,
-            NESTEROV=rule.nesterov, ROOT=rule.root, BLOCK_R=ROWS, BLOCK_C=COLUMNS,
-        )  # fmt: skip
+        kernel((table, programs), (rule.lr, rule.momentum, rule.decay, rule.shrink))
 
 
 def _groups(groups: Sequence[int]) -> Tensor:
@@ -205,11 +233,14 @@ def _groups(groups: Sequence[int]) -> Tensor:
     return torch.cat([_product(layer, (count,)) for layer, count in enumerate(groups)])
 
 
-def _blocks(shapes: Sequence[tuple[int, int, int]]) -> Tensor:
-    """(parameter, group, block of rows, block of columns) of each program."""
+def _blocks(shapes: Sequence[Sequence[int]]) -> Tensor:
+    """(parameter, group, block of rows, block of columns) of each program.
+
+    `shapes`: groups, rows and columns of all parameters.
+    """
     return torch.cat([
         _product(number, (groups, -(-rows // ROWS), -(-columns // COLUMNS)))
-        for number, (groups, rows, columns) in enumerate(shapes)
+        for number, (groups, rows, columns) in enumerate(zip(*shapes, strict=True))
     ])  # fmt: skip
 
 

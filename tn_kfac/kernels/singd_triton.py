@@ -9,11 +9,14 @@ which part of which one a program does.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
+
+from tn_kfac.kernels.launching import Prepared
 
 
 @triton.jit
@@ -174,12 +177,12 @@ def step_parameters(
     tl.store(address, (shrink * parameter - lr * direction).to(KIND), mask=inside)
 
 
-def launch_update(programs: int, *arguments: Any, **constants: Any) -> None:
-    """Launch `update_factors`."""
-    update_factors[(programs,)](*arguments, **constants)
+def prepared_update(programs: int, constants: Mapping[str, Any]) -> Prepared:
+    """`update_factors` with these constants."""
+    return Prepared(update_factors, programs, constants)
 
 
-def launch_step(programs: int, dtype: torch.dtype, *arguments: Any, **constants: Any) -> None:
-    """Launch `step_parameters` for parameters of a dtype."""
+def prepared_step(programs: int, dtype: torch.dtype, constants: Mapping[str, Any]) -> Prepared:
+    """`step_parameters` for parameters of a dtype."""
     kind = getattr(tl, str(dtype).removeprefix("torch."))
-    step_parameters[(programs,)](*arguments, KIND=kind, **constants)
+    return Prepared(step_parameters, programs, {"KIND": kind, **constants})

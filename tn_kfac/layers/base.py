@@ -141,15 +141,16 @@ class Layer(ABC):
         """The rows of the output gradient, a part (groups, rows, out) at a time."""
         raise AssertionError(f"{type(self).__name__} has no rows of the output gradient")
 
-    def windows(
-        self, saved: Saved, gradient: Tensor
-    ) -> tuple[Tensor, tuple[SpatialAxis, ...], Tensor] | None:
-        """The call as (x, axes, v), where rows are windows of x; None where they are not.
+    def pixels(self, saved: Saved, gradient: Tensor) -> tuple[Tensor, Tensor] | None:
+        """The call as (x, v), where rows are windows of x; None where they are not.
 
-        Shapes: x (n, c, *pixels) and v (n, d, *positions), channels in groups; no axes: each
-        pixel is a row.
+        Shapes: x (n, c, *pixels) and v (n, d, *positions), channels in groups.
         """
         return None
+
+    def windows(self, shape: torch.Size) -> tuple[SpatialAxis, ...]:
+        """The windows along each axis of pixels of such an x; none: each pixel is a row."""
+        return ()
 
     def thinned(
         self, saved: Saved, gradient: Tensor, start: int, every: int

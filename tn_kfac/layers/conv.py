@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import chain
 from math import prod
 
@@ -52,22 +51,16 @@ class ConvLayer(RowLayer):
         padding = self.padding if self.padding_mode == "zeros" else 0
         return self._convolution(shape, padding).rows()
 
-    def windows(
-        self, saved: Saved, gradient: Tensor
-    ) -> tuple[Tensor, tuple[SpatialAxis, ...], Tensor]:
-        x = self.prepare_input(saved[0])
-        return x, _axes(self, x.shape), self.prepare_gradient(gradient)
+    def pixels(self, saved: Saved, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        return self.prepare_input(saved[0]), self.prepare_gradient(gradient)
+
+    def windows(self, shape: torch.Size) -> tuple[SpatialAxis, ...]:
+        padding = self.padding if self.padding_mode == "zeros" else 0
+        return self._convolution(shape, padding).spatial
 
     def gradient_rows(self, shape: torch.Size) -> Rows:
         batch, _, *spatial = shape
         return channel_rows("v", batch, self.groups, self.features_out, spatial)
-
-
-@lru_cache(maxsize=4096)
-def _axes(layer: ConvLayer, shape: torch.Size) -> tuple[SpatialAxis, ...]:
-    """The windows along each axis of a prepared input."""
-    padding = layer.padding if layer.padding_mode == "zeros" else 0
-    return layer._convolution(shape, padding).spatial
 
 
 @layer_of.register(nn.Conv1d)

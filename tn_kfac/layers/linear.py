@@ -12,7 +12,6 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from tn_kfac.layers.base import Layer, Refused, Saved, layer_named, layer_of
 from tn_kfac.layers.rows import RowLayer
 from tn_kfac.tensor_network.network import Network, operand
-from tn_kfac.tensor_network.pattern import SpatialAxis
 from tn_kfac.tensor_network.rows import Rows
 
 
@@ -28,11 +27,9 @@ class LinearLayer(RowLayer):
     def prepare_gradient(self, gradient: Tensor) -> Tensor:
         return self.prepare_input(gradient)
 
-    def windows(
-        self, saved: Saved, gradient: Tensor
-    ) -> tuple[Tensor, tuple[SpatialAxis, ...], Tensor]:
+    def pixels(self, saved: Saved, gradient: Tensor) -> tuple[Tensor, Tensor]:
         x, v = self.prepare_input(saved[0]), self.prepare_gradient(gradient)
-        return x.movedim(-1, 1), (), v.movedim(-1, 1)
+        return x.movedim(-1, 1), v.movedim(-1, 1)
 
     def input_rows(self, shape: torch.Size, output: torch.Size) -> Rows:
         return _rows("x", shape)

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from tn_kfac.curvature import Measured, Recipe
+from tn_kfac.curvature.tap import has_gradient
 from tn_kfac.optim import checkpoint, checks
-from tn_kfac.optim.binding import Binding
+from tn_kfac.optim.binding import Active, Binding
 from tn_kfac.optim.groups import Group
 from tn_kfac.optim.hooked import HookedOptimizer
 from tn_kfac.optim.measured import check_measured
@@ -68,7 +69,7 @@ class KroneckerOptimizer(HookedOptimizer):
     ) -> None:
         """Update a layer's factors, in its state, from new curvature."""
 
-    def _refresh(self, active: Sequence[tuple[Binding, Group]]) -> None:
+    def _refresh(self, active: Sequence[Active]) -> None:
         """Whatever follows from the factors of all layers of this step, done together."""
 
     @abstractmethod
@@ -97,115 +98,120 @@ class KroneckerOptimizer(HookedOptimizer):
         empirical = any(b.tap.recipe.fisher == "empirical" for b in self._bindings)
         scale = unscale(self, empirical)
         if not found_inf(self):
+            active = self._active()
+            check_measured(active, self._is_due)
             self._check_step()
-            where = self._where()
-            active = [
-                (b, where[b.parameters[0]])
-                for b in self._bindings
-                if any(p.grad is not None for p in b.parameters)
-            ]
             self._share(active)
-            due = [self._is_ready(binding, group) for binding, group in active]
-            measured = [pair for pair, ready in zip(active, due, strict=True) if ready]
+            due = [self._is_ready(layer) for layer in active]
+            measured = [layer for layer, ready in zip(active, due, strict=True) if ready]
             self._take_in(measured, scale)
             self._refresh(active)
             self._step_layers(active, [ready is not False for ready in due])
         self._clear()
         return loss
 
-    def _check_step(self) -> None:
-        """Check that all that the step needs was measured, before anything is changed."""
-        where = self._where()
+    def _active(self) -> list[Active]:
+        """The layers with gradients.
+
+        Raises:
+            RuntimeError: If another one's parameters were replaced.
+        """
+        where, found = self._where(), []
         for binding in self._bindings:
-            if all(p.grad is None for p in binding.parameters):
+            parameters = binding.parameters
+            if has_gradient(parameters):
+                numbers = [where[p] for p in parameters]
+                group, state = self.param_groups[numbers[0]], self.state[parameters[0]]
+                found.append(Active(binding, group, state, numbers))
+            elif not binding.sharded:
                 owned = {"weight": binding.weight, "bias": binding.bias}
                 check_same(binding.site.name, binding.site.modules, owned)
-        check_measured(self._bindings, lambda b: self._is_due(b, where[b.parameters[0]]))
+        return found
 
-    def _where(self) -> dict[Tensor, Group]:
-        """The group of each parameter."""
-        return {p: group for group in self.param_groups for p in group["params"]}
+    def _check_step(self) -> None:
+        """Check whatever else the step needs, before anything is changed."""
 
-    def _share(self, active: Sequence[tuple[Binding, Group]]) -> None:
+    def _where(self) -> dict[Tensor, int]:
+        """The number of each parameter's group."""
+        return {p: number for number, g in enumerate(self.param_groups) for p in g["params"]}
+
+    def _share(self, active: Sequence[Active]) -> None:
         """Sum the statistics of the layers that are due over all ranks."""
         if ranks_of(self._process_group) > 1:
-            due = [b.tap for b, group in active if self._is_due(b, group) and b.tap.probes]
-            share(due, self._process_group)
+            taps = [layer.binding.tap for layer in active if self._is_due(layer)]
+            share([tap for tap in taps if tap.probes], self._process_group)
 
-    def _is_due(self, binding: Binding, group: Group) -> bool:
+    def _is_due(self, layer: Active) -> bool:
         """Whether the next step updates the factors of a layer."""
-        state = self.state[binding.parameters[0]]
-        T: int | Callable[[int], int] = group["T"]
-        step: int = state.get("step", 0)
-        return step % T == 0 if isinstance(T, int) else step >= state.get("due", 0)
+        T: int | Callable[[int], int] = layer.group["T"]
+        step: int = layer.state.get("step", 0)
+        return step % T == 0 if isinstance(T, int) else step >= layer.state.get("due", 0)
 
-    def _is_ready(self, binding: Binding, group: Group) -> bool | None:
+    def _is_ready(self, layer: Active) -> bool | None:
         """Whether a layer was measured for an update that is due; None: it is not due."""
-        parameter = binding.parameters[0]
-        state = self.state[parameter]
+        binding, group, state, _ = layer
         if "step" not in state:
-            state |= {"step": 0} | self._new_state(binding, group, parameter.device)
-        return binding.tap.has_statistics if self._is_due(binding, group) else None
+            device = binding.parameters[0].device
+            state |= {"step": 0} | self._new_state(binding, group, device)
+        return binding.tap.has_statistics if self._is_due(layer) else None
 
-    def _take_in(self, measured: Sequence[tuple[Binding, Group]], scale: Tensor | None) -> None:
+    def _take_in(self, measured: Sequence[Active], scale: Tensor | None) -> None:
         """Update the factors of layers that were measured, of a loss times `scale`."""
-        for binding, group in measured:
+        for binding, group, state, _ in measured:
             found = binding.tap.measured()
             assert found is not None
             if scale is not None and binding.tap.recipe.fisher == "empirical":
                 found = found.unscaled(scale)
-            state = self.state[binding.parameters[0]]
             self._update_factors(state, found, binding, group)
             self._count_update(state, group)
 
-    def _step_layers(
-        self, active: Sequence[tuple[Binding, Group]], counted: Sequence[bool]
-    ) -> None:
+    def _step_layers(self, active: Sequence[Active], counted: Sequence[bool]) -> None:
         """Step all parameters; for a layer that waits for its measurement the step counts not."""
         directions = self._directions(active)
-        for (binding, group), counts in zip(active, counted, strict=True):
-            self._count_step(binding, group, counts)
+        for layer, counts in zip(active, counted, strict=True):
+            self._count_step(layer, counts)
         self._write_all(directions)
 
-    def _count_step(self, binding: Binding, group: Group, counts: bool) -> None:
+    def _count_step(self, layer: Active, counts: bool) -> None:
         """Go on to a layer's next step."""
         if counts:
-            self.state[binding.parameters[0]]["step"] += 1
-        self._tell(binding, group)
+            layer.state["step"] += 1
+        self._tell(layer)
 
-    def _directions(self, active: Sequence[tuple[Binding, Group]]) -> dict[Tensor, Tensor]:
+    def _directions(self, active: Sequence[Active]) -> dict[Tensor, Tensor]:
         """Directions of the parameters of all layers."""
         found: dict[Tensor, Tensor] = {}
-        for binding, group in active:
-            found |= self._layer_directions(binding, group)
+        for layer in active:
+            found |= self._layer_directions(layer)
         return found
 
-    def _layer_directions(self, binding: Binding, group: Group) -> dict[Tensor, Tensor]:
+    def _layer_directions(self, layer: Active) -> dict[Tensor, Tensor]:
         """Directions of one layer's parameters, by its newest factors."""
+        binding, group, state, _ = layer
         if binding.sharded and binding.entrywise and group["graft"] is group["update_rms"] is None:
-            return self._shard_directions(binding, group)
-        matrix = self._gradient(binding, group)
-        direction = self._direction(binding, matrix, group)
-        state = self.state[binding.parameters[0]]
+            return self._shard_directions(layer)
+        matrix = self._gradient(layer)
+        direction = self._direction(layer, matrix)
         return binding.directions(lengthened(direction, matrix, state, group))
 
-    def _gradient(self, binding: Binding, group: Group) -> Tensor:
+    def _gradient(self, layer: Active) -> Tensor:
         """What of a layer is preconditioned, as a matrix."""
+        binding, group = layer[:2]
         return binding.gradient_matrix(lambda p, g: self._smoothed(p, g, group))
 
-    def _direction(self, binding: Binding, matrix: Tensor, group: Group) -> Tensor:
+    def _direction(self, layer: Active, matrix: Tensor) -> Tensor:
         """It, preconditioned, unless the layer still warms up."""
-        state = self.state[binding.parameters[0]]
+        binding, group, state, _ = layer
         if state["step"] < group["warmup"]:
             return matrix
         return self._precondition(state, matrix, binding.tap.recipe, group)
 
-    def _shard_directions(self, binding: Binding, group: Group) -> dict[Tensor, Tensor]:
+    def _shard_directions(self, layer: Active) -> dict[Tensor, Tensor]:
         """Those of a sharded layer with diagonal factors: of this rank's shards alone."""
-        recipe = binding.tap.recipe
+        binding, group, recipe = layer.binding, layer.group, layer.binding.tap.recipe
         shape = (recipe.layer.groups, recipe.dim_out, recipe.dim_in)
         ones = torch.ones(shape, dtype=binding.dtypes[1], device=binding.parameters[0].device)
-        scales = self._direction(binding, ones, group)
+        scales = self._direction(layer, ones)
         return binding.scaled(scales, lambda p, g: self._smoothed(p, g, group))
 
     def _checked(self, options: Group) -> Group:
@@ -231,10 +237,11 @@ class KroneckerOptimizer(HookedOptimizer):
             checks.interval("T(step)", wait)
             state["due"] = state["step"] + wait
 
-    def _tell(self, binding: Binding, group: Group) -> None:
+    def _tell(self, layer: Active) -> None:
         """Tell a layer's tap what the next backward pass measures."""
-        state, tap = self.state[binding.parameters[0]], binding.tap
-        tap.enabled = self._is_due(binding, group)
+        binding, state = layer.binding, layer.state
+        tap = binding.tap
+        tap.enabled = self._is_due(layer)
         tap.basis = self._basis(binding, state) if "step" in state else None
         tap.turn = state.get("updates", 0)
 
@@ -252,6 +259,8 @@ class KroneckerOptimizer(HookedOptimizer):
     def _write(self, group: Group, directions: dict[Tensor, Tensor]) -> None:
         """Step the parameters of a group along directions, or along gradients."""
         if group["rule"] == self.rule:
+            if not directions:
+                return
             along = {p: directions[p] for p in group["params"] if p in directions}
             along = kl_clipped(along, group)
         else:
@@ -282,16 +291,18 @@ class KroneckerOptimizer(HookedOptimizer):
         checkpoint.restore_dtypes(state_dict, self.param_groups, self.state)
         for group, kept in zip(self.param_groups, callables, strict=True):
             group |= {key: value for key, value in kept.items() if group.get(key) is None}
-        groups = self._where()
+        where = self._where()
         for binding in self._bindings:
-            self._tell(binding, groups[binding.parameters[0]])
+            numbers = [where[p] for p in binding.parameters]
+            group, state = self.param_groups[numbers[0]], self.state[binding.parameters[0]]
+            self._tell(Active(binding, group, state, numbers))
 
     def _expected_shapes(self) -> dict[Tensor, dict[str, torch.Size]]:
         """Shapes of the factors of each layer, by the parameter that owns them."""
         meta = torch.device("meta")
-        groups = self._where()
+        where, groups = self._where(), self.param_groups
         fresh = {
-            b.parameters[0]: self._new_state(b, groups[b.parameters[0]], meta)
+            b.parameters[0]: self._new_state(b, groups[where[b.parameters[0]]], meta)
             for b in self._bindings
         }
         return {

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -94,6 +94,22 @@ class Binding:
 def _zeros(parameter: Parameter) -> Tensor:
     """Zeros in the place of a missing gradient, whole."""
     return torch.zeros(parameter.shape, dtype=parameter.dtype, device=parameter.device)
+
+
+class Active(NamedTuple):
+    """A layer with gradients in one step.
+
+    Attributes:
+        binding: The layer.
+        group: Of its first parameter, whose options are the layer's.
+        state: Of that parameter: the layer's.
+        numbers: Of the groups of all its parameters.
+    """
+
+    binding: Binding
+    group: dict[str, Any]
+    state: dict[str, Any]
+    numbers: list[int]
 
 
 def bind(

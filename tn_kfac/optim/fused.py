@@ -22,11 +22,13 @@ from tn_kfac.kernels.singd import (
     Tables,
     Weight,
     step_parameters,
+    unchanged,
     update_factors,
 )
 from tn_kfac.optim.base import KroneckerOptimizer
-from tn_kfac.optim.binding import Binding
+from tn_kfac.optim.binding import Active, Binding
 from tn_kfac.optim.groups import Group
+from tn_kfac.optim.rules import FALLBACKS
 
 KINDS = (torch.float32, torch.bfloat16, torch.float16)
 State = dict[str, Any]
@@ -38,24 +40,40 @@ class Fused:
     def __init__(self) -> None:
         self._tables = Tables()
         self._weights: dict[tuple[Any, ...], Weight | None] = {}
+        self._plain: dict[tuple[torch.dtype, torch.device, int], Weight | None] = {}
+        self._ones: dict[torch.device, Tensor] = {}
 
     def takes_factors(self, binding: Binding, state: State) -> bool:
         """Whether a layer's factors can be updated here."""
-        K, C = state["K"], state["C"]
+        K, C, tap = state["K"], state["C"], binding.tap
+        device = K.device
+        if not (available(device) and C.device == device) or torch.compiler.is_compiling():
+            return False
+        for probe in tap.probes:
+            if probe.device != device:
+                return False
+        recipe = tap.recipe
         return (
-            binding.tap.recipe.packed
-            and binding.tap.recipe.fisher != "forward-only"  # whose G is not measured
-            and K.dtype == C.dtype == binding.tap.dtype == torch.float32
-            and all(tensor.device == K.device for tensor in (C, *binding.tap.probes))
-            and available(K.device)
-            and not torch.compiler.is_compiling()
+            K.dtype == C.dtype == tap.dtype == torch.float32
+            and recipe.packed
+            and recipe.fisher != "forward-only"  # whose G is not measured
         )
 
-    def update(
-        self, layers: Sequence[tuple[Binding, State]], group: Group, beta: float,
-        scale: Tensor | None,
-    ) -> None:  # fmt: skip
-        """Update the factors of layers with the same options."""
+    @staticmethod
+    def takes_group(group: Group) -> bool:
+        """Whether parameters can be stepped here by the options of their group."""
+        if group["rule"] in FALLBACKS:
+            return group["rule"] == "sgd" and not isinstance(group["lr"], Tensor)
+        lengths = (group["graft"], group["update_rms"], group["kl_clip"])
+        return (
+            group["precondition"] == "gradient"
+            and lengths == (None, None, None)
+            and not isinstance(group["lr"], Tensor)
+        )
+
+    def update(self, layers: Sequence[Active], beta: float, scale: Tensor | None) -> None:
+        """Update the factors of layers of one group."""
+        group = layers[0].group
         ikfac, average = group["kfac_like"], group["loss_average"]
         empirical = group["fisher"] == "empirical"
         rule = FactorRule(
@@ -68,8 +86,8 @@ class Fused:
             terms=2 if not empirical else 0 if average is None else 1,
         )
         tensors: dict[torch.device, list[LayerFactors]] = defaultdict(list)
-        for binding, state in layers:
-            (statistic,) = (probe.grad for probe in binding.tap.probes)
+        for binding, _, state, _ in layers:
+            statistic = binding.tap.probes[0].grad
             assert statistic is not None
             K, C = state["K"], state["C"]
             tensors[K.device].append(
@@ -78,30 +96,57 @@ class Fused:
         for found in tensors.values():
             update_factors(self._tables, found, rule, scale if empirical else None)
 
-    def weights(
-        self, binding: Binding, state: State, groups: Sequence[Group]
-    ) -> dict[Tensor, Weight] | None:
-        """How a layer's parameters with gradients lie in memory; None: do not step them here."""
-        for group in groups:
-            lengths = (group["graft"], group["update_rms"], group["kl_clip"])
-            if group["precondition"] != "gradient" or lengths != (None, None, None):
-                return None
-            if isinstance(group["lr"], Tensor):
-                return None
+    def weights(self, layer: Active) -> list[tuple[int, Tensor, Weight]] | None:
+        """How a layer's parameters with gradients lie in memory; None: do not step them here.
+
+        With the numbers of their groups.
+        """
+        binding, _, state, numbers = layer
         if not self.takes_factors(binding, state):
             return None
-        K, C, found = state["K"], state["C"], {}
-        for p in binding.parameters:
+        K, C, found = state["K"], state["C"], []
+        for p, number in zip(binding.parameters, numbers, strict=True):
             gradient = p.grad
             if gradient is not None:
-                key = (id(p), K.data_ptr(), C.data_ptr(), p.dtype, p.device, p.stride())
+                strides = p.stride()
+                key = (id(p), K.data_ptr(), C.data_ptr(), p.dtype, p.device, strides)
                 if key not in self._weights:
                     self._weights[key] = _weight(binding, p, K, C)
                 weight = self._weights[key]
-                if weight is None or gradient.is_sparse or gradient.stride() != p.stride():
+                if weight is None or gradient.is_sparse or gradient.stride() != strides:
                     return None
-                found[p] = weight
+                found.append((number, p, weight))
         return found
+
+    def without_factors(self, group: Group) -> list[tuple[Tensor, Weight]] | None:
+        """The parameters of a fallback's group that have gradients; None: do not step them here."""
+        if torch.compiler.is_compiling() or not self.takes_group(group):
+            return None
+        found = []
+        for p in group["params"]:
+            gradient = p.grad
+            if gradient is None:
+                continue
+            if type(p) is not torch.nn.Parameter or gradient.layout is not torch.strided:
+                return None
+            if not (p.is_contiguous() and gradient.is_contiguous()):
+                return None
+            key = (p.dtype, p.device, p.numel())
+            if key not in self._plain:
+                self._plain[key] = self._without(p)
+            weight = self._plain[key]
+            if weight is None:
+                return None
+            found.append((p, weight))
+        return found
+
+    def _without(self, p: Tensor) -> Weight | None:
+        """How a contiguous parameter without factors lies in memory, if it may."""
+        if p.dtype not in KINDS or not available(p.device) or not p.numel():
+            return None
+        if p.device not in self._ones:
+            self._ones[p.device] = torch.ones((), device=p.device)
+        return unchanged(p.numel(), self._ones[p.device])
 
     def step(self, members: Sequence[tuple[Tensor, Weight]], group: Group, states: Any) -> None:
         """Step parameters of one group."""
@@ -116,7 +161,7 @@ class Fused:
             decay=0.0 if decoupled else float(decay),
             shrink=1.0 - group["lr"] * decay if decoupled else 1.0,
             nesterov=bool(group["nesterov"] and group["momentum"]),
-            root=group["exponent"] != 1,
+            root=group.get("exponent", 1) != 1,
         )
         for found in kinds.values():
             parameters, weights = zip(*found, strict=True)
@@ -146,16 +191,16 @@ def _weight(binding: Binding, p: Tensor, K: Tensor, C: Tensor) -> Weight | None:
     if p is binding.bias:
         last = K.data_ptr() + (K.shape[1] - 1) * size
         known = layer.bias_is == "column" and recipe.has_bias and p.is_contiguous()
-        bias = Weight(groups, 1, outs, last, K.shape[1], C.data_ptr(), C.shape[1], outs, 1)
+        bias = Weight(groups, last, C.data_ptr(), 1, outs, K.shape[1], C.shape[1], outs, 1)
         return bias if known else None
-    across, along = (C.data_ptr(), 1), (K.data_ptr(), K.shape[1])
+    factors, steps = (C.data_ptr(), K.data_ptr()), (1, K.shape[1])
     if layer.stored == "rows" and p.is_contiguous():
-        return Weight(groups, outs, ins, *across, *along, ins, 1)
+        return Weight(groups, *factors, outs, ins, *steps, ins, 1)
     if layer.stored == "rows" and p.dim() in (4, 5) and p.is_contiguous(memory_format=_last(p)):
         pixels = p[0, 0].numel()
-        return Weight(groups, outs, ins, *across, *along, ins // pixels, pixels)
+        return Weight(groups, *factors, outs, ins, *steps, ins // pixels, pixels)
     if layer.stored == "columns" and p.is_contiguous() and groups == 1:
-        return Weight(1, ins, outs, K.data_ptr(), 1, C.data_ptr(), outs, outs, 1)
+        return Weight(1, K.data_ptr(), C.data_ptr(), ins, outs, 1, outs, outs, 1)
     return None
 
 
@@ -172,45 +217,50 @@ class FusedOptimizer(KroneckerOptimizer):
     def _beta(self, state: State, group: Group) -> float:
         """The step size of a layer's factors now."""
 
-    def _take_in(self, measured: Sequence[tuple[Binding, Group]], scale: Tensor | None) -> None:
+    def _take_in(self, measured: Sequence[Active], scale: Tensor | None) -> None:
         """All layers that `Fused` knows at once, the others one after another."""
-        fused, rest = [], []
-        for binding, group in measured:
-            state = self.state[binding.parameters[0]]
+        rest, betas = [], {}
+        alike: dict[tuple[int, float], list[Active]] = defaultdict(list)
+        for layer in measured:
+            binding, group, state, numbers = layer
             starts = group["init"] == "curvature" and not state.get("started")
             if starts or not self._fused.takes_factors(binding, state):
-                rest.append((binding, group))
-            else:
-                fused.append((binding, group))
-        for group in self.param_groups if fused else ():
-            alike: dict[float, list[tuple[Binding, dict[str, Any]]]] = defaultdict(list)
-            for binding in (b for b, own in fused if own is group):
-                state = self.state[binding.parameters[0]]
-                alike[self._beta(state, group)].append((binding, state))
-            for beta, layers in alike.items():
-                self._fused.update(layers, group, beta, scale)
-                for _, state in layers:
-                    self._count_update(state, group)
+                rest.append(layer)
+                continue
+            time = (numbers[0], state["step"])
+            if time not in betas:
+                betas[time] = self._beta(state, group)
+            alike[numbers[0], betas[time]].append(layer)
+        for (_, beta), layers in alike.items():
+            self._fused.update(layers, beta, scale)
+            for layer in layers:
+                self._count_update(layer.state, layer.group)
         super()._take_in(rest, scale)
 
-    def _step_layers(
-        self, active: Sequence[tuple[Binding, Group]], counted: Sequence[bool]
-    ) -> None:
-        rest, waits, where = [], [], self._where()
-        fused: dict[Tensor, Weight] = {}
-        for (binding, group), counts in zip(active, counted, strict=True):
-            state = self.state[binding.parameters[0]]
-            groups = [where[p] for p in binding.parameters]
-            ready = state["step"] >= group["warmup"]
-            weights = self._fused.weights(binding, state, groups) if ready else None
+    def _step_layers(self, active: Sequence[Active], counted: Sequence[bool]) -> None:
+        rest, waits = [], []
+        taken = [self._fused.takes_group(group) for group in self.param_groups]
+        members: list[list[tuple[Tensor, Weight]]] = [[] for _ in taken]
+        for layer, counts in zip(active, counted, strict=True):
+            ready = layer.state["step"] >= layer.group["warmup"]
+            for number in layer.numbers:
+                ready = ready and taken[number]
+            weights = self._fused.weights(layer) if ready else None
             if weights is None:
-                rest.append((binding, group))
+                rest.append(layer)
                 waits.append(counts)
                 continue
-            fused |= weights
-            self._count_step(binding, group, counts)
+            for number, p, weight in weights:
+                members[number].append((p, weight))
+            self._count_step(layer, counts)
         super()._step_layers(rest, waits)
-        for group in self.param_groups if fused else ():
-            members = [(p, fused[p]) for p in group["params"] if p in fused]
-            if members:
-                self._fused.step(members, group, self.state)
+        for group, found in zip(self.param_groups, members, strict=True):
+            if found:
+                self._fused.step(found, group, self.state)
+
+    def _write(self, group: Group, directions: dict[Tensor, Tensor]) -> None:
+        members = self._fused.without_factors(group) if group["rule"] != self.rule else None
+        if members is None:
+            super()._write(group, directions)
+        elif members:
+            self._fused.step(members, group, self.state)

@@ -14,7 +14,7 @@ from tn_kfac.curvature.statistics import Fisher
 from tn_kfac.optim import adaptive as adapting
 from tn_kfac.optim import checks, intervals, pending, refresh
 from tn_kfac.optim.averages import update_averages, update_moments
-from tn_kfac.optim.binding import Binding
+from tn_kfac.optim.binding import Active, Binding
 from tn_kfac.optim.damping import by_inverses, in_eigenbasis, to_basis
 from tn_kfac.optim.groups import Group
 from tn_kfac.optim.inverses import Inverse, warm_iterations
@@ -225,10 +225,10 @@ class KFAC(OwnedOptimizer):
             moments = to_basis(gradient, spaces, bases).square()
         update_moments(state, moments, group["factor_decay"])
 
-    def _refresh(self, active: Sequence[tuple[Binding, Group]]) -> None:
+    def _refresh(self, active: Sequence[Active]) -> None:
         """New inverses of all layers whose turn it is, together."""
-        kept = [(b, group) for b, group in active if self._keeps(b)]
-        layers = [(self._layer(b, self.state[b.parameters[0]]), group) for b, group in kept]
+        kept = [layer for layer in active if self._keeps(layer.binding)]
+        layers = [(self._layer(b, state), group) for b, group, state, _ in kept]
         self._pending.adopt([layer for layer, _ in layers])
         due = []
         for layer, group in layers:
@@ -244,8 +244,7 @@ class KFAC(OwnedOptimizer):
             else:
                 refresh.isotropic(layer, damping, how)
         self._pending.refresh(due)
-        for binding, group in active:
-            state = self.state[binding.parameters[0]]
+        for binding, group, state, _ in active:
             if not self._keeps(binding) and intervals.is_due(state, group):
                 intervals.schedule(state, group)
 
@@ -282,7 +281,6 @@ class KFAC(OwnedOptimizer):
         self._adaptation.clear()
 
     def _check_step(self) -> None:
-        super()._check_step()
         if self._options["adaptive"]:
             self._adaptation.batch()
             if ranks_of(self._process_group) > 1:

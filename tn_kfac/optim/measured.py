@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 from tn_kfac.curvature import LayerTap
 from tn_kfac.curvature.tap import OF_THE_LOSS
-from tn_kfac.optim.binding import Binding
+from tn_kfac.optim.binding import Active, Binding
 from tn_kfac.optim.sharded import own
 
 
@@ -20,7 +20,7 @@ def measured_apart(bindings: Iterable[Binding]) -> list[list[LayerTap]]:
     return list(kinds.values())
 
 
-def check_measured(bindings: list[Binding], is_due: Callable[[Binding], bool]) -> None:
+def check_measured(active: Sequence[Active], is_due: Callable[[Active], bool]) -> None:
     """Check that no layer whose factors are due waits for curvature in vain.
 
     Warns if it should have come with the gradients of the loss.
@@ -28,14 +28,15 @@ def check_measured(bindings: list[Binding], is_due: Callable[[Binding], bool]) -
     Raises:
         RuntimeError: If nothing was measured since the last step, and a call was forgotten.
     """
-    waiting = [
-        b.tap
-        for b in bindings
-        if any(p.grad is not None for p in b.parameters) and is_due(b) and b.tap.enabled
-    ]  # if a tap was off (an interval has just been shortened), the next step measures
-    if not waiting or any(tap.has_statistics for tap in waiting):
-        return
-    if not any(own(p.grad).any() for b in bindings for p in b.parameters if p.grad is not None):
+    waiting = []
+    for layer in active:
+        tap = layer.binding.tap
+        if tap.enabled and is_due(layer):  # off, if an interval has just been shortened
+            if tap.has_statistics:
+                return
+            waiting.append(tap)
+    grads = (p.grad for layer in active for p in layer.binding.parameters)
+    if not waiting or not any(own(grad).any() for grad in grads if grad is not None):
         return  # torch.distributed.checkpoint makes states by a step along zero gradients
     apart = [tap.recipe.fisher for tap in waiting if tap.recipe.fisher not in OF_THE_LOSS]
     if apart:
@@ -46,5 +47,5 @@ def check_measured(bindings: list[Binding], is_due: Callable[[Binding], bool]) -
     warnings.warn(
         "no layer captured curvature since the last step, so the factors stay as they are: use "
         "loss.backward() (without inputs=) on a forward pass of this model",
-        stacklevel=4,
+        stacklevel=5,
     )

@@ -10,8 +10,7 @@ from torch import Tensor
 
 from tn_kfac.optim import intervals
 from tn_kfac.optim.base import KroneckerOptimizer
-from tn_kfac.optim.binding import Binding
-from tn_kfac.optim.groups import Group
+from tn_kfac.optim.binding import Active, Binding
 from tn_kfac.optim.owners import Owners
 from tn_kfac.optim.ranks import from_owners
 from tn_kfac.optim.updates import lengthened
@@ -37,33 +36,32 @@ class OwnedOptimizer(KroneckerOptimizer):
     def _keeps(self, binding: Binding) -> bool:
         return self._owners.keeps(binding, self._bindings)
 
-    def _directions(self, active: Sequence[tuple[Binding, Group]]) -> dict[Tensor, Tensor]:
+    def _directions(self, active: Sequence[Active]) -> dict[Tensor, Tensor]:
         if not self._owners.active:
             return super()._directions(active)
         found: dict[Tensor, Tensor] = {}
         parts: list[tuple[int | None, Tensor]] = []
-        later: list[tuple[Binding, Group, Tensor | None]] = []
-        for binding, group in active:
-            owner = self._owners.of(binding, self._bindings)
+        later: list[tuple[Active, Tensor | None]] = []
+        for layer in active:
+            owner = self._owners.of(layer.binding, self._bindings)
             if owner is None:
-                found |= self._layer_directions(binding, group)
+                found |= self._layer_directions(layer)
                 continue
-            matrix = self._gradient(binding, group)
-            parts.append((owner, self._owned_direction(binding, matrix, group)))
-            later.append((binding, group, matrix if group["graft"] else None))
+            matrix = self._gradient(layer)
+            parts.append((owner, self._owned_direction(layer, matrix)))
+            later.append((layer, matrix if layer.group["graft"] else None))
         received = from_owners(parts, self._process_group)
-        for (binding, group, matrix), direction in zip(later, received, strict=True):
-            state = self.state[binding.parameters[0]]
+        for ((binding, group, state, _), matrix), direction in zip(later, received, strict=True):
             gradient = direction if matrix is None else matrix
             found |= binding.directions(lengthened(direction, gradient, state, group))
         return found
 
-    def _owned_direction(self, binding: Binding, matrix: Tensor, group: Group) -> Tensor:
+    def _owned_direction(self, layer: Active, matrix: Tensor) -> Tensor:
         """The preconditioned gradient matrix, on other ranks than its owner's memory for it."""
-        dtype = torch.promote_types(matrix.dtype, binding.dtypes[1])
-        if not self._keeps(binding):
+        dtype = torch.promote_types(matrix.dtype, layer.binding.dtypes[1])
+        if not self._keeps(layer.binding):
             return torch.empty_like(matrix, dtype=dtype)
-        return self._direction(binding, matrix, group).to(dtype)
+        return self._direction(layer, matrix).to(dtype)
 
     def load_state_dict(self, state_dict: State) -> None:
         """Restore a state, and of inverses what this rank keeps."""
@@ -71,8 +69,9 @@ class OwnedOptimizer(KroneckerOptimizer):
         where = self._where()
         for binding in self._bindings:
             p = binding.parameters[0]
-            if "step" in self.state[p]:
-                self._settle(binding, self._fresh(binding, self.state[p], where[p], p.device))
+            group, state = self.param_groups[where[p]], self.state[p]
+            if "step" in state:
+                self._settle(binding, self._fresh(binding, state, group, p.device))
 
     def _settle(self, binding: Binding, fresh: State) -> None:
         """After loading: a layer's inverses, if this rank keeps them; `fresh` ones if it must."""

@@ -13,6 +13,9 @@ from torch.nn.functional import pad
 from tn_kfac.structures.base import Structure, require_integer
 from tn_kfac.structures.dense import inverse_cholesky
 
+SHARE, PRODUCTS = 256, 2048
+"""The fewest rows of a part, and how many products are enough for a GPU."""
+
 
 @dataclass(frozen=True)
 class BlockDiagonal(Structure):
@@ -57,7 +60,13 @@ class BlockDiagonal(Structure):
 
     def project_gram(self, rows: Tensor) -> Tensor:
         dim = rows.shape[-1]
-        columns = _blocks(rows.mT, min(self.size, dim))
+        size = min(self.size, dim)
+        parts = shares(rows, -(-dim // size))
+        if parts > 1:
+            columns = _blocks(rows.unflatten(-2, (parts, -1)).mT, size)
+            tiles = columns.mT.contiguous()
+            return _rows((tiles.mT @ tiles).sum(-4), dim)
+        columns = _blocks(rows.mT, size)
         return _rows(columns @ columns.mT, dim)
 
     def add_to_diagonal_(self, matrix: Tensor, value: float) -> Tensor:
@@ -90,6 +99,23 @@ class BlockDiagonal(Structure):
         block = torch.arange(dim, device=matrix.device) // size
         wide = matrix.repeat(*(1 for _ in matrix.shape[:-1]), -(-dim // size))[..., :dim]
         return torch.where(block[:, None] == block, wide, 0)
+
+
+def shares(rows: Tensor, blocks: int) -> int:
+    """Into how many equal parts to cut rows (groups, rows, d), whose grams are then added.
+
+    On a GPU: a product of long, narrow matrices is left to few of its processors.
+    """
+    groups, count = rows.shape[:2] if rows.dim() == 3 else (1, 1)
+    parts = 1
+    if rows.is_cuda:
+        while (
+            count % (2 * parts) == 0
+            and count >= 2 * parts * SHARE
+            and (groups * blocks * parts < PRODUCTS)
+        ):
+            parts *= 2
+    return parts
 
 
 def _blocks(rows: Tensor, size: int | None = None) -> Tensor:

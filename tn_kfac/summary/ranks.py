@@ -91,7 +91,8 @@ def rank_costs(optimizer: KroneckerOptimizer, world_size: int) -> RankCosts:
         raise TypeError(f"optimizer must be a SINGD or a KFAC, got {type(optimizer).__name__}")
     checks.interval("world_size", world_size)
     where = optimizer._where()
-    layers = [_layer(optimizer, b, where[b.parameters[0]]) for b in optimizer._bindings]
+    groups = [optimizer.param_groups[where[b.parameters[0]]] for b in optimizer._bindings]
+    layers = [_layer(optimizer, *pair) for pair in zip(optimizer._bindings, groups, strict=True)]
     together = world_size > 1
     inverse_bytes, share, sent = _shared(layers, optimizer.sharing, world_size)
     cubes = [sum(layer.cubes) * layer.flops for layer in layers]
