@@ -71,6 +71,7 @@ BAD: dict[str, list[tuple[Any, type[Exception]]]] = {
     "factor_clip": NOT_POSITIVE_OR_NONE,
     "curvature_fraction": [*NOT_NUMBERS, *NOT_POSITIVE, (0, ValueError), (2, ValueError),
                            (0.3, ValueError), (2 / 3, ValueError)],
+    "share_inverses": [("factors", ValueError), (None, ValueError), (2, ValueError)],
     "process_group": [(True, TypeError), (0, TypeError), ("gloo", TypeError)],
     "fallback": [("adam", ValueError), (True, ValueError), (0, ValueError)],
     "fallback_lr": [entry for entry in NOT_NUMBERS + NOT_POSITIVE if entry[0] is not None],
@@ -101,6 +102,7 @@ def test_bad_value_is_named(kind, name, value, error):
 
 GROUP_KEYS = BAD.keys() - {
     "process_group",
+    "share_inverses",
     "norms",
     "warn_unsupported",
     "init_grad_scale",

@@ -23,6 +23,7 @@ from tn_kfac.optim.measured import check_measured
 from tn_kfac.optim.ranks import ranks_of, share
 from tn_kfac.optim.rules import FALLBACKS, sgd
 from tn_kfac.optim.scaling import found_inf, unscale
+from tn_kfac.optim.sharded import check_same, own, write
 from tn_kfac.optim.updates import kl_clipped, lengthened, smoothed
 
 
@@ -47,9 +48,20 @@ class KroneckerOptimizer(HookedOptimizer):
         "warmup": lambda name, value: checks.interval(name, value, least=0),
     }
 
+    @property
+    def sharing(self) -> Any:
+        """What ranks send each other beside statistics: nothing."""
+        return False
+
     @abstractmethod
     def _new_state(self, binding: Binding, group: Group, device: torch.device) -> dict[str, Any]:
         """Fresh factors of a layer."""
+
+    def _fresh(
+        self, binding: Binding, state: dict[str, Any], group: Group, device: torch.device
+    ) -> dict[str, Any]:
+        """What of it is for inverses; the owner of a layer may keep it alone."""
+        return {}
 
     @abstractmethod
     def _update_factors(
@@ -75,8 +87,9 @@ class KroneckerOptimizer(HookedOptimizer):
         """Update factors and parameters; returns the closure's loss, if there is one.
 
         Raises:
-            RuntimeError: If a scaler other than torch's has unscaled the gradients, or
-                `curvature` should have been called.
+            RuntimeError: If a scaler other than torch's has unscaled the gradients,
+                `curvature` should have been called, or parameters were sharded since the
+                optimizer was built.
         """
         loss = None
         if closure is not None:
@@ -98,7 +111,11 @@ class KroneckerOptimizer(HookedOptimizer):
         return loss
 
     def _active(self) -> list[Active]:
-        """The layers with gradients."""
+        """The layers with gradients.
+
+        Raises:
+            RuntimeError: If another one's parameters were replaced.
+        """
         where, found = self._where(), []
         for binding in self._bindings:
             parameters = binding.parameters
@@ -106,6 +123,9 @@ class KroneckerOptimizer(HookedOptimizer):
                 numbers = [where[p] for p in parameters]
                 group, state = self.param_groups[numbers[0]], self.state[parameters[0]]
                 found.append(Active(binding, group, state, numbers))
+            elif not binding.sharded:
+                owned = {"weight": binding.weight, "bias": binding.bias}
+                check_same(binding.site.name, binding.site.modules, owned)
         return found
 
     def _check_step(self) -> None:
@@ -147,9 +167,8 @@ class KroneckerOptimizer(HookedOptimizer):
 
     def _step_layers(self, active: Sequence[Active], counted: Sequence[bool]) -> None:
         """Step all parameters; for a layer that waits for its measurement the step counts not."""
-        directions: dict[Tensor, Tensor] = {}
+        directions = self._directions(active)
         for layer, counts in zip(active, counted, strict=True):
-            directions |= self._layer_directions(layer)
             self._count_step(layer, counts)
         self._write_all(directions)
 
@@ -159,14 +178,41 @@ class KroneckerOptimizer(HookedOptimizer):
             layer.state["step"] += 1
         self._tell(layer)
 
+    def _directions(self, active: Sequence[Active]) -> dict[Tensor, Tensor]:
+        """Directions of the parameters of all layers."""
+        found: dict[Tensor, Tensor] = {}
+        for layer in active:
+            found |= self._layer_directions(layer)
+        return found
+
     def _layer_directions(self, layer: Active) -> dict[Tensor, Tensor]:
         """Directions of one layer's parameters, by its newest factors."""
         binding, group, state, _ = layer
-        matrix = binding.gradient_matrix(lambda p, g: self._smoothed(p, g, group))
-        waits = state["step"] < group["warmup"]
-        recipe = binding.tap.recipe
-        direction = matrix if waits else self._precondition(state, matrix, recipe, group)
+        if binding.sharded and binding.entrywise and group["graft"] is group["update_rms"] is None:
+            return self._shard_directions(layer)
+        matrix = self._gradient(layer)
+        direction = self._direction(layer, matrix)
         return binding.directions(lengthened(direction, matrix, state, group))
+
+    def _gradient(self, layer: Active) -> Tensor:
+        """What of a layer is preconditioned, as a matrix."""
+        binding, group = layer[:2]
+        return binding.gradient_matrix(lambda p, g: self._smoothed(p, g, group))
+
+    def _direction(self, layer: Active, matrix: Tensor) -> Tensor:
+        """It, preconditioned, unless the layer still warms up."""
+        binding, group, state, _ = layer
+        if state["step"] < group["warmup"]:
+            return matrix
+        return self._precondition(state, matrix, binding.tap.recipe, group)
+
+    def _shard_directions(self, layer: Active) -> dict[Tensor, Tensor]:
+        """Those of a sharded layer with diagonal factors: of this rank's shards alone."""
+        binding, group, recipe = layer.binding, layer.group, layer.binding.tap.recipe
+        shape = (recipe.layer.groups, recipe.dim_out, recipe.dim_in)
+        ones = torch.ones(shape, dtype=binding.dtypes[1], device=binding.parameters[0].device)
+        scales = self._direction(layer, ones)
+        return binding.scaled(scales, lambda p, g: self._smoothed(p, g, group))
 
     def _checked(self, options: Group) -> Group:
         options = super()._checked(options)
@@ -218,10 +264,10 @@ class KroneckerOptimizer(HookedOptimizer):
             along = {p: directions[p] for p in group["params"] if p in directions}
             along = kl_clipped(along, group)
         else:
-            along = {p: p.grad for p in group["params"] if p.grad is not None}
+            along = {p: own(p.grad) for p in group["params"] if p.grad is not None}
         if along:
             rule = sgd if group["rule"] == self.rule else FALLBACKS[group["rule"]]
-            rule(list(along), list(along.values()), [self.state[p] for p in along], group)
+            write(rule, along, self.state, group)
 
     def state_dict(self) -> dict[str, Any]:
         """The state as plain tensors and numbers, none of them shared with the optimizer.

@@ -15,18 +15,23 @@ from torch.utils.hooks import RemovableHandle
 
 from tn_kfac.curvature import LayerTap, Recipe, Site
 from tn_kfac.optim.checks import fraction, structures_of
+from tn_kfac.optim.sharded import check_sharding, is_sharded, own, own_part, whole
 from tn_kfac.structures import structure
 
 
 @dataclass(frozen=True)
 class Binding:
-    """A site whose `weight` and `bias` (those that are trained) the optimizer steps."""
+    """A site whose `weight` and `bias` (those that are trained) the optimizer steps.
+
+    sharded: Whether ranks hold shards of them.
+    """
 
     site: Site
     tap: LayerTap
     weight: Parameter | None
     bias: Parameter | None
     dtypes: tuple[torch.dtype, torch.dtype]
+    sharded: bool
 
     @cached_property
     def parameters(self) -> tuple[Parameter, ...]:
@@ -42,25 +47,53 @@ class Binding:
         """The joint gradient (groups, d_out, d_in [+1]).
 
         A parameter without a gradient counts as one with gradient zero; the others go
-        through `smooth`.
+        through `smooth`. Those of sharded parameters are gathered.
         """
         pair = (self.weight, self.bias)
         weight, bias = (
-            None if p is None else torch.zeros_like(p) if p.grad is None else smooth(p, p.grad)
+            None if p is None else _zeros(p) if p.grad is None else whole(smooth(p, p.grad))
             for p in pair
         )
         return self.site.layer.joined(weight, bias)
 
     def directions(self, matrix: Tensor) -> dict[Tensor, Tensor]:
-        """The joint matrix split into one direction per parameter with a gradient."""
+        """The joint matrix split into one direction per parameter with a gradient.
+
+        Of a sharded parameter, it is that of this rank's shard.
+        """
+        return {p: own_part(d.to(p.dtype), p) for p, d in self._parted(matrix)}
+
+    def scaled(
+        self, scales: Tensor, smooth: Callable[[Parameter, Tensor], Tensor]
+    ) -> dict[Tensor, Tensor]:
+        """Directions that scale each entry of the gradient matrix; nothing is gathered."""
+        return {
+            p: (own(smooth(p, p.grad)) * own_part(scale, p)).to(p.dtype)
+            for p, scale in self._parted(scales)
+            if p.grad is not None
+        }
+
+    def _parted(self, matrix: Tensor) -> list[tuple[Parameter, Tensor]]:
+        """The parameters with a gradient, and what of the joint matrix is theirs."""
         pair = (self.weight, self.bias)
         shapes = (None if p is None else p.shape for p in pair)
         parts = zip(pair, self.site.layer.parted(matrix, *shapes), strict=True)
-        return {
-            p: d.to(p.dtype)
-            for p, d in parts
-            if d is not None and p is not None and p.grad is not None
-        }
+        return [
+            (p, part)
+            for p, part in parts
+            if part is not None and p is not None and p.grad is not None
+        ]
+
+    @property
+    def entrywise(self) -> bool:
+        """Whether both factors are diagonal, and scale each entry of a gradient for itself."""
+        spaces = (self.tap.recipe.input_structure, self.tap.recipe.output_structure)
+        return all(space.reads == "diagonal" for space in spaces)
+
+
+def _zeros(parameter: Parameter) -> Tensor:
+    """Zeros in the place of a missing gradient, whole."""
+    return torch.zeros(parameter.shape, dtype=parameter.dtype, device=parameter.device)
 
 
 class Active(NamedTuple):
@@ -154,5 +187,9 @@ def _binding(site: Site, trained: list[Parameter], group: dict[str, Any]) -> Bin
     default = torch.promote_types(trained[0].dtype, torch.float32)
     dtypes = [dtype or default for dtype in group["preconditioner_dtype"]]
     tap = LayerTap(recipe, torch.promote_types(torch.promote_types(*dtypes), torch.float32))
-    tap.trained = tuple(trained)
-    return Binding(site, tap, weight, bias, (dtypes[0], dtypes[1]))
+    # Of shards, gradients that are not reduced yet are kept elsewhere: that there are none says
+    # nothing then.
+    tap.trained = tuple(p for p in trained if not is_sharded(p))
+    check_sharding(site.name, trained)
+    sharded = any(map(is_sharded, trained))
+    return Binding(site, tap, weight, bias, (dtypes[0], dtypes[1]), sharded)

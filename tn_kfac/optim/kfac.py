@@ -14,18 +14,19 @@ from tn_kfac.curvature.statistics import Fisher
 from tn_kfac.optim import adaptive as adapting
 from tn_kfac.optim import checks, intervals, pending, refresh
 from tn_kfac.optim.averages import update_averages, update_moments
-from tn_kfac.optim.base import KroneckerOptimizer
 from tn_kfac.optim.binding import Active, Binding
 from tn_kfac.optim.damping import by_inverses, in_eigenbasis, to_basis
 from tn_kfac.optim.groups import Group
 from tn_kfac.optim.inverses import Inverse, warm_iterations
 from tn_kfac.optim.kfac_options import OPTION_CHECKS, check_spaces, checked, damping_now
 from tn_kfac.optim.notice import Notice
+from tn_kfac.optim.owned import OwnedOptimizer
+from tn_kfac.optim.owners import SHARING, Owners
 from tn_kfac.optim.ranks import ranks_of
 from tn_kfac.optim.singd import Structures
 
 
-class KFAC(KroneckerOptimizer):
+class KFAC(OwnedOptimizer):
     r"""Kronecker-factored approximate curvature, with a fallback for all the rest.
 
     The gradient G of each layer's weight (with its bias as an extra column) is multiplied by the
@@ -84,6 +85,11 @@ class KFAC(KroneckerOptimizer):
             no weight decay, and `kl_clip` and schedules of `lr` do not matter.
         kl_clip: κ: shrink a group's update by min(1, √(κ / |lr² Σ ⟨update, gradient⟩|)). It is in
             units of the loss: a sum over many outputs wants a larger one, or None.
+        share_inverses: How ranks share the work of inverses, by its cost. "inverses": each rank
+            computes a part of them and sends it to all. "gradients": each keeps its part to itself
+            (1/ranks of the memory) and sends, in each step, the preconditioned gradients of its
+            layers; not with `ekfac` or `lag`. A state_dict holds what its rank keeps, then. False:
+            each rank computes all. One rank alone does as ever.
 
     Raises:
         ValueError: If an argument is out of range, or a structure has no inverse of its kind;
@@ -94,11 +100,9 @@ class KFAC(KroneckerOptimizer):
     rule: ClassVar[str] = "kfac"
     factor_names: ClassVar[tuple[str, str]] = ("A", "G")
     built_in: ClassVar[tuple[str, ...]] = (
-        *KroneckerOptimizer.built_in, "inverse", "ekfac", "exponent", "max_dim",
+        *OwnedOptimizer.built_in, "inverse", "ekfac", "exponent", "max_dim",
     )  # fmt: skip
-    option_checks: ClassVar[dict[str, checks.Check]] = (
-        KroneckerOptimizer.option_checks | OPTION_CHECKS
-    )
+    option_checks: ClassVar[dict[str, checks.Check]] = OwnedOptimizer.option_checks | OPTION_CHECKS
 
     def __init__(
         self,
@@ -139,13 +143,17 @@ class KFAC(KroneckerOptimizer):
         fallback: Literal["sgd", "adamw"] | None = "sgd",
         fallback_lr: float | None = None,
         fallback_weight_decay: float | None = None,
+        share_inverses: Literal["inverses", "gradients"] | Literal[False] = "inverses",
         process_group: Any = None,
     ) -> None:
+        checks.one_of("share_inverses", share_inverses, SHARING)
         given = dict(locals())
-        apart = ("self", "model", "params", "warn_unsupported", "norms", "process_group")
-        options = {key: value for key, value in given.items() if key not in (*apart, "__class__")}
+        apart = ("self", "model", "params", "warn_unsupported", "norms", "process_group",
+                 "share_inverses", "__class__")  # fmt: skip
+        options = {key: value for key, value in given.items() if key not in apart}
         self._notice, self._adaptation = Notice(), adapting.Adaptation(model)
-        self._pending = pending.Pending(self._notice)
+        self._owners = Owners(share_inverses, process_group)
+        self._pending = pending.Pending(self._notice, self._owners.inverses_over)
         super().__init__(model, params, options, warn_unsupported, norms, process_group)
         if self._options["adaptive"]:
             self._handles += self._adaptation.attach()
@@ -155,6 +163,7 @@ class KFAC(KroneckerOptimizer):
 
     def _check_binding(self, binding: Binding, group: Group) -> None:
         check_spaces(binding, group)
+        self._owners.check(binding, group)
 
     def _layer(self, binding: Binding, state: dict[str, Any]) -> refresh.Layer:
         recipe = binding.tap.recipe
@@ -178,7 +187,10 @@ class KFAC(KroneckerOptimizer):
             "turn": turn,
             "last_inverse": -1,
         }
-        state |= refresh.new_state(self._layer(binding, state), group["inverse"], dtypes, device)
+        if self._owners.active:
+            state["owner"] = self._owners.of(binding, self._bindings)
+        if self._keeps(binding):
+            state |= self._fresh(binding, state, group, device)
         if group["lag"]:
             state |= pending.new_state(state)
         if recipe.moments or group["ekfac"] == "ema":
@@ -186,6 +198,12 @@ class KFAC(KroneckerOptimizer):
             state["moments"] = torch.zeros(shape, dtype=dtypes[1], device=device)
             state["moments_weight"] = torch.zeros(1, dtype=dtypes[1], device=device)
         return state
+
+    def _fresh(
+        self, binding: Binding, state: dict[str, Any], group: Group, device: torch.device
+    ) -> dict[str, Any]:
+        layer = self._layer(binding, state)
+        return refresh.new_state(layer, group["inverse"], binding.dtypes, device)
 
     def _basis(self, binding: Binding, state: dict[str, Any]) -> tuple[Tensor, Tensor] | None:
         if not (binding.tap.recipe.moments and state["inverted"]):
@@ -209,7 +227,8 @@ class KFAC(KroneckerOptimizer):
 
     def _refresh(self, active: Sequence[Active]) -> None:
         """New inverses of all layers whose turn it is, together."""
-        layers = [(self._layer(b, state), group) for b, group, state, _ in active]
+        kept = [layer for layer in active if self._keeps(layer.binding)]
+        layers = [(self._layer(b, state), group) for b, group, state, _ in kept]
         self._pending.adopt([layer for layer, _ in layers])
         due = []
         for layer, group in layers:
@@ -225,6 +244,9 @@ class KFAC(KroneckerOptimizer):
             else:
                 refresh.isotropic(layer, damping, how)
         self._pending.refresh(due)
+        for binding, group, state, _ in active:
+            if not self._keeps(binding) and intervals.is_due(state, group):
+                intervals.schedule(state, group)
 
     def _note(self, outputs: Tensor, loss: str | nn.Module, targets: Tensor | None) -> None:
         if self._options["adaptive"]:

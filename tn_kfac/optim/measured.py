@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from tn_kfac.curvature import LayerTap
 from tn_kfac.curvature.tap import OF_THE_LOSS
 from tn_kfac.optim.binding import Active, Binding
+from tn_kfac.optim.sharded import own
 
 
 def measured_apart(bindings: Iterable[Binding]) -> list[list[LayerTap]]:
@@ -35,7 +36,7 @@ def check_measured(active: Sequence[Active], is_due: Callable[[Active], bool]) -
                 return
             waiting.append(tap)
     grads = (p.grad for layer in active for p in layer.binding.parameters)
-    if not waiting or not any(grad.any() for grad in grads if grad is not None):
+    if not waiting or not any(own(grad).any() for grad in grads if grad is not None):
         return  # torch.distributed.checkpoint makes states by a step along zero gradients
     apart = [tap.recipe.fisher for tap in waiting if tap.recipe.fisher not in OF_THE_LOSS]
     if apart:

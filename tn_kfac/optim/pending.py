@@ -21,6 +21,7 @@ from tn_kfac.optim.damping import Damping
 from tn_kfac.optim.groups import Group
 from tn_kfac.optim.intervals import NOTHING, first_use, is_pending, schedule
 from tn_kfac.optim.notice import Notice
+from tn_kfac.optim.owners import refresh
 from tn_kfac.optim.refresh import (
     Found,
     How,
@@ -30,7 +31,6 @@ from tn_kfac.optim.refresh import (
     decompose,
     hand_out,
     inverse_keys,
-    refresh,
     tasks,
 )
 
@@ -51,10 +51,13 @@ class _Begun:
 
 
 class Pending:
-    """New inverses, at once or beside the training: what was begun and nobody asked for yet."""
+    """New inverses, at once or beside the training: what was begun and nobody asked for yet.
 
-    def __init__(self, notice: Notice) -> None:
-        self._notice, self._beside = notice, Beside()
+    Those at once are shared out over the ranks of `group`, unless it is False.
+    """
+
+    def __init__(self, notice: Notice, group: Any) -> None:
+        self._notice, self._group, self._beside = notice, group, Beside()
         self._begun: list[_Begun] = []
 
     def refresh(self, due: Sequence[tuple[Layer, Damping, How, Group]]) -> None:
@@ -62,7 +65,7 @@ class Pending:
         now, later = [], []
         for entry in due:
             (later if entry[-1]["lag"] and entry[0].state["inverted"] else now).append(entry)
-        refresh([entry[:-1] for entry in now], self._notice)
+        refresh([entry[:-1] for entry in now], self._notice, self._group)
         self._begin([entry[:-1] for entry in later])
         for layer, _, _, group in now:
             schedule(layer.state, group)

@@ -8,7 +8,7 @@ the whole batch is that of the summed statistics; gradients are the wrapper's to
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -24,6 +24,11 @@ def ranks_of(group: Group) -> int:
     if group is False or not distributed.is_available() or not distributed.is_initialized():
         return 1
     return distributed.get_world_size(group)
+
+
+def rank_in(group: Group) -> int:
+    """This process's number among those that share the curvature."""
+    return distributed.get_rank(group) if ranks_of(group) > 1 else 0
 
 
 def check_group(name: str, value: object) -> None:
@@ -58,6 +63,31 @@ def share(taps: Iterable[LayerTap], group: Group) -> None:
         for tap, sums in entries:
             total = [next(parts).view(part.shape) for part in sums]
             _unweighted(tap, total)
+
+
+def from_owners(parts: Sequence[tuple[int | None, Tensor]], group: Group) -> list[Tensor]:
+    """Each tensor as its owner has it: one message from each, for each dtype and device.
+
+    Every rank must call it with the same owners and shapes. Tensors whose owner is None are
+    returned as they are.
+    """
+    messages: dict[tuple[int, torch.dtype, torch.device], list[int]] = defaultdict(list)
+    for at, (owner, tensor) in enumerate(parts):
+        if owner is not None:
+            messages[owner, tensor.dtype, tensor.device].append(at)
+    held = [tensor for _, tensor in parts]
+    sent = []
+    for (owner, *_), places in messages.items():
+        flat = torch.cat([held[at].reshape(-1) for at in places])
+        source = owner if group is None else distributed.get_global_rank(group, owner)
+        sent.append((places, flat, distributed.broadcast(flat, source, group, async_op=True)))
+    for places, flat, work in sent:
+        if work is not None:
+            work.wait()
+        sizes = [held[at].numel() for at in places]
+        for at, part in zip(places, flat.split(sizes), strict=True):
+            held[at] = part.view(held[at].shape)
+    return held
 
 
 def _weighted(tap: LayerTap) -> list[Tensor]:

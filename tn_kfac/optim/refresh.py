@@ -90,18 +90,12 @@ def decompose(requests: Sequence[Request], how: How) -> Found:
         parts: list[tuple[Tensor, ...]] = list(eigen(requests))
     else:
         parts = [(inverse,) for inverse in inverses(requests, *how.inversion)]
-    return [(part, _finite(part)) for part in parts]
+    return [(part, finite(part)) for part in parts]
 
 
-def _finite(part: Sequence[Tensor]) -> Tensor:
+def finite(part: Sequence[Tensor]) -> Tensor:
     """For which channel groups all tensors are finite."""
     return torch.stack([tensor.abs().flatten(1).amax(-1).isfinite() for tensor in part]).all(0)
-
-
-def refresh(due: Sequence[tuple[Layer, Damping, How]], notice: Notice) -> None:
-    """Decompose the factors of all layers, and use what was found."""
-    for task in tasks(due):
-        hand_out(task, decompose(task.requests, task.how), notice, adopt)
 
 
 def hand_out(
@@ -115,7 +109,7 @@ def hand_out(
         new = {}
         for side in SIDES:
             fits = next(fitting) & filled
-            for key, tensor in zip(_keys(layer.state, side), next(parts), strict=True):
+            for key, tensor in zip(keys_of(layer.state, side), next(parts), strict=True):
                 new[key] = _where(fits, tensor, layer.state[key])
         take(layer, new)
 
@@ -136,10 +130,10 @@ def adopt(layer: Layer, new: Mapping[str, Tensor]) -> None:
 
 def inverse_keys(state: State) -> list[str]:
     """Under which names a layer's state has its inverse."""
-    return [key for side in SIDES for key in _keys(state, side)]
+    return [key for side in SIDES for key in keys_of(state, side)]
 
 
-def _keys(state: State, side: str) -> tuple[str, ...]:
+def keys_of(state: State, side: str) -> tuple[str, ...]:
     """Those of one factor: of its eigenvalues and its basis, or of its inverse."""
     eigen = f"{side}_basis" in state
     return (f"{side}_values", f"{side}_basis") if eigen else (f"{side}_inverse",)

@@ -15,6 +15,8 @@ from torch import Tensor
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
+from tn_kfac.optim.sharded import own
+
 
 def unscale(optimizer: Optimizer, needed: bool) -> Tensor | None:
     """Unscale the gradients of a scaler's step; returns the scale, None if there is none.
@@ -31,7 +33,7 @@ def unscale(optimizer: Optimizer, needed: bool) -> Tensor | None:
         return None
     scale: Tensor | None = getattr(optimizer, "grad_scale", None)
     if scale is not None:
-        grads = [p.grad for p in _parameters(optimizer.param_groups) if p.grad is not None]
+        grads = [own(p.grad) for p in _parameters(optimizer.param_groups) if p.grad is not None]
         if grads:
             torch._foreach_div_(grads, scale)  # pyright: ignore[reportPrivateImportUsage]
         return scale

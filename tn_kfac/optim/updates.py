@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tn_kfac.optim.sharded import own, total
+
 State = MutableMapping[str, Any]
 Group = dict[str, Any]
 
@@ -57,8 +59,8 @@ def kl_clipped(directions: Mapping[Tensor, Tensor], group: Group) -> dict[Tensor
     """
     if group["kl_clip"] is None or not directions:
         return dict(directions)
-    products = [_product(d, p.grad) for p, d in directions.items() if p.grad is not None]
-    change = torch.stack(products).sum().abs() * group["lr"] ** 2
+    products = {p: _product(d, own(p.grad)) for p, d in directions.items() if p.grad is not None}
+    change = total(products).abs() * group["lr"] ** 2
     shrink = (group["kl_clip"] / change).sqrt().clamp(max=1.0)
     shrink = torch.where(change.isnan(), 0.0, shrink)  # of products that overflow: no step
     return {p: d * shrink.to(d.dtype) for p, d in directions.items()}

@@ -1,0 +1,52 @@
+"""Inverses shared out over ranks by cost: the same steps as one process makes."""
+
+import pytest
+import torch
+from launching import launch
+from optimizers import two_layers
+from torch import nn
+
+from tn_kfac import KFAC
+from tn_kfac.optim.owners import owners
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_shared_is_one_process(tmp_path, ranks):
+    """Parameters, for both ways of sharing; who decomposes and keeps what; resumed runs."""
+    said = launch("sharing.py", ranks, tmp_path)
+    assert len(said[0]) == {2: 32, 4: 4}[ranks]
+    wrong = {
+        trial: [found[trial] for found in said]
+        for trial in said[0]
+        if not all(found[trial] < 1e-10 for found in said)
+    }
+    assert not wrong
+
+
+def test_owners_by_cost():
+    """The most expensive first, to who has least; what costs nothing is everybody's."""
+    loads = [0, 3]
+    assert owners([1, 0, 8, 5, 4], loads) == [1, None, 0, 1, 0]
+    assert loads == [12, 9]
+
+
+@pytest.mark.parametrize("sharing", [False, "inverses", "gradients"])
+def test_one_process_shares_nothing(digits, sharing):
+    """Bit for bit what it does without."""
+    runs = []
+    for options in ({}, {"share_inverses": sharing}):
+        model = two_layers()
+        optimizer = KFAC(model, **options)
+        nn.functional.cross_entropy(model(digits[0][:8]), digits[1][:8]).backward()
+        optimizer.step()
+        runs.append([*model.parameters()])
+    assert all(torch.equal(p, q) for p, q in zip(*runs, strict=True))
+
+
+@pytest.mark.parametrize(
+    "options", [{"ekfac": "ema"}, {"ekfac": "exact"}, {"lag": 1}, {"share_inverses": True}]
+)
+def test_refused(options):
+    """What needs all inverses on all ranks."""
+    with pytest.raises(ValueError, match="share_inverses"):
+        KFAC(two_layers(), **({"share_inverses": "gradients"} | options))
