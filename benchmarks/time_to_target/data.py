@@ -42,8 +42,7 @@ def prepare(path: Path = FILE, counts: tuple[int, int] = GLYPHS, text_bytes: int
     arrays |= _halves("digits", *_digits(), 1797 - 450)
     arrays |= _halves("glyphs", *glyphs.pictures(sum(counts), seed=0), counts[0])
     for name, files in zip(("text_train", "text_held_out"), _sources(), strict=True):
-        joined = b"\n".join(file.read_bytes() for file in files)
-        arrays[name] = np.frombuffer(joined[:text_bytes], np.uint8)
+        arrays[name] = np.frombuffer(_joined(files, text_bytes), np.uint8)
     path.parent.mkdir(parents=True, exist_ok=True)
     np.savez_compressed(path, **arrays)  # pyright: ignore[reportArgumentType]
 
@@ -70,6 +69,14 @@ def _sources() -> tuple[list[Path], list[Path]]:
     library = Path(sysconfig.get_paths()["stdlib"])
     files = [f for f in sorted(library.rglob("*.py")) if not TESTS & set(f.parts)]
     return [f for i, f in enumerate(files) if i % 20], files[::20]
+
+
+def _joined(files: list[Path], size: int) -> bytes:
+    text = bytearray()
+    for file in files:
+        if len(text) < size:
+            text += file.read_bytes() + b"\n"
+    return bytes(text[:size])
 
 
 @lru_cache(maxsize=4)

@@ -72,8 +72,8 @@ def _some(glyphs: Tensor, n: int, generator: torch.Generator) -> tuple[Tensor, T
     front = _bent(_chosen(glyphs, labels, generator), 0.15, uniform)
     others = torch.randint(len(glyphs), (n,), generator=generator)
     behind = _bent(_chosen(glyphs, others, generator), 0.9, uniform)
-    contrast = uniform(0.35, 1.0, 1, 1)
-    mixed = torch.maximum(contrast * front, uniform(0.1, 0.5, 1, 1) * contrast * behind)
+    contrast = uniform(0.5, 1.0, 1, 1)
+    mixed = torch.maximum(contrast * front, uniform(0.1, 0.4, 1, 1) * contrast * behind)
     sign = uniform(-1.0, 1.0, 1, 1).sign()
     grey = 127.5 * (1 + sign * (2 * mixed - contrast))
     return grey.round().clamp(0, 255).to(torch.uint8), labels
@@ -87,7 +87,7 @@ def _chosen(glyphs: Tensor, labels: Tensor, generator: torch.Generator) -> Tenso
 def _bent(images: Tensor, shift: float, uniform) -> Tensor:  # (n, 48, 48) -> (n, 32, 32)
     """Turned, sheared, scaled, moved by up to `shift` of the picture, and warped."""
     angle, shear = uniform(-0.45, 0.45), uniform(-0.3, 0.3)
-    scale = uniform(0.9, 1.6)
+    scale = uniform(0.75, 1.25)
     cos, sin = angle.cos() * scale, angle.sin() * scale
     rows = [
         torch.stack([cos, shear - sin, uniform(-shift, shift) * 1.5], 1),

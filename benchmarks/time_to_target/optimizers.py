@@ -74,7 +74,8 @@ def find(name: str) -> Entry:
         return entry
     try:
         call = ast.parse(f"f({extra})", mode="eval").body
-        assert isinstance(call, ast.Call)
+        if not isinstance(call, ast.Call) or call.args:
+            raise ValueError(extra)
         more = {str(word.arg): ast.literal_eval(word.value) for word in call.keywords}
     except (SyntaxError, ValueError):
         raise ValueError(f"{name!r}: write options as key=value,key='word'") from None
@@ -155,7 +156,7 @@ def _kfac(**fixed: Any) -> Entry:
 
 OPTIMIZERS: dict[str, Entry] = {
     "SGD": Entry(
-        _torch(torch.optim.SGD, nesterov=True), spaces.SGD,
+        _torch(torch.optim.SGD, momentum=0.9, nesterov=True), spaces.SGD,
         {"lr": 0.1, "momentum": 0.9, "weight_decay": 5e-4},
     ),
     "AdamW": Entry(_torch(torch.optim.AdamW, fused=True), spaces.ADAM, {"lr": 1e-3}),

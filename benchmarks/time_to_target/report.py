@@ -23,11 +23,12 @@ INTRODUCTION = f"""Steps and seconds of training until the metric on held-out da
 target that was fixed beforehand (what the better of tuned SGD and AdamW reaches with every fresh
 seed, at {REFERENCE_HORIZON:.0%} of the step budget). Every optimizer was tuned by Optuna with the
 same number of trials, over the learning rate, weight decay, one number of its own and the horizon
-of the schedule (5 % linear warm-up, then a cosine to zero). Numbers are medians over fresh seeds; a run that fails,
-or misses the target within the step budget, took infinitely long. For a seed, initial weights and
-batches are the same. Seconds are those of batches, gradients and steps, without evaluations, and
-without a rehearsal of twelve steps in which kernels are compiled. "Times faster" is against the
-faster of SGD and AdamW, tuned. "Untuned" is what a user begins with: the defaults, for ours."""
+of the schedule (5 % linear warm-up, then a cosine to zero). Numbers are medians over fresh seeds;
+a run that fails, or misses the target within the step budget, took infinitely long. For a seed,
+initial weights and batches are the same. Seconds are those of batches, gradients and steps, without
+evaluations, and without a rehearsal of twelve steps in which kernels are compiled. "Times faster"
+is against the faster of SGD and AdamW, tuned. "Untuned" is what a user begins with: the defaults,
+for ours."""
 
 
 def write(plan: Plan, workloads: Sequence[str]) -> None:

@@ -29,7 +29,10 @@ def suggest(
     Raises:
         ModuleNotFoundError: If Optuna is absent.
     """
-    import optuna  # pyright: ignore[reportMissingImports]
+    try:
+        import optuna  # pyright: ignore[reportMissingImports]
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(f"{error}: pip install optuna", name=error.name) from None
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     uniform = optuna.distributions.FloatDistribution

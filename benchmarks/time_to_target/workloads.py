@@ -63,37 +63,39 @@ def _sizes(small: Size, full: Size, short: int) -> dict[str, Size]:
 WORKLOADS: dict[str, Workload] = {
     "curves": Workload(
         "curves", _curves, "squared error",
-        _sizes(Size(200, 250, 1000), Size(4000, 1000, 5000), 1000), CURVES_LOSS,
+        _sizes(Size(200, 250, 500, evaluations=20), Size(4000, 1000, 5000), 1000), CURVES_LOSS,
     ),
     "digits": Workload(
         "digits", networks.digits_cnn, "loss",
-        _sizes(Size(200, 64, 450, {"width": 8}, 0.3), Size(2000, 64, 450, {"width": 32}, 0.3), 800),
+        _sizes(
+            Size(200, 64, 450, {"width": 8}, 0.3, 20), Size(2000, 64, 450, {"width": 32}, 0.3), 800
+        ),
     ),
     "resnet": Workload(
         "glyphs", networks.resnet, "error rate",
         _sizes(
-            Size(250, 64, 1000, {"width": 8, "blocks": 1, "pool": 2} | GLYPHS, 0.2),
+            Size(400, 32, 500, {"width": 8, "blocks": 1, "pool": 2, "classes": 10}, 0.0, 20),
             Size(5000, 256, 5000, {"width": 64, "blocks": 2} | GLYPHS, 0.3), 1250,
         ),
     ),
     "vit": Workload(
         "glyphs", networks.ViT, "error rate",
         _sizes(
-            Size(250, 64, 1000, {"dim": 64, "depth": 2, "pool": 2} | GLYPHS, 0.2),
+            Size(400, 32, 500, {"dim": 64, "depth": 2, "pool": 2, "classes": 10}, 0.0, 20),
             Size(5000, 256, 5000, {"dim": 384, "depth": 12} | GLYPHS, 0.3), 1250,
         ),
     ),
     "convnext": Workload(
         "glyphs", networks.convnext, "error rate",
         _sizes(
-            Size(250, 64, 1000, {"width": 16, "blocks": (1, 1), "pool": 2} | GLYPHS, 0.2),
+            Size(400, 32, 500, {"width": 16, "blocks": (1, 1), "pool": 2, "classes": 10}, 0.0, 20),
             Size(5000, 256, 5000, {"width": 64, "blocks": (2, 2, 4)} | GLYPHS, 0.3), 1250,
         ),
     ),
     "gpt": Workload(
         "text", networks.GPT, "loss",
         _sizes(
-            Size(250, 16, 32, {"dim": 64, "depth": 2, "context": 64}),
+            Size(500, 16, 64, {"dim": 64, "depth": 2, "context": 32}, evaluations=20),
             Size(4000, 64, 512, {"dim": 384, "depth": 6, "context": 256}), 1000,
         ),
         loss_average="batch+sequence",
@@ -108,9 +110,17 @@ class Task:
         self.workload, self.device, self.half = WORKLOADS[name], device, mode == "amp"
         self.size = self.workload.sizes[size]
         split, self.digest = load(self.workload.data, file)
-        self.train = tuple(tensor.to(device) for tensor in split.train)
-        self.held_out = self._held_out(tuple(tensor.to(device) for tensor in split.held_out))
+        self.train = self._taken(split.train)
+        self.held_out = self._held_out(self._taken(split.held_out))
         self.loss = self.workload.loss.to(device)
+
+    def _taken(self, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """On the device; only examples of the network's classes."""
+        if "classes" in self.size.network:
+            x, labels = tensors
+            wanted = labels < self.size.network["classes"]
+            tensors = x[wanted], labels[wanted]
+        return tuple(tensor.to(self.device) for tensor in tensors)
 
     @property
     def reads(self) -> bool:
