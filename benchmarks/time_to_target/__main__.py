@@ -59,7 +59,7 @@ def run(args: argparse.Namespace, plan: Plan) -> int:
     for phase in args.phases:
         asked = list(protocol.jobs(phase, args.workloads, args.optimizers, plan))
         if phase == "final" or args.processes == 1:
-            late = [_job(phase, *job, plan, args.threads) for job in asked]
+            late = [protocol.job(phase, *job, plan, args.threads) for job in asked]
         else:
             late = _together(phase, asked, plan, args)
         missing += sum(late)
@@ -74,16 +74,8 @@ def _together(
     """Jobs in processes of their own, each with a workload and an optimizer."""
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(args.processes, context) as pool:
-        futures = [pool.submit(_job, phase, *job, plan, args.threads) for job in asked]
+        futures = [pool.submit(protocol.job, phase, *job, plan, args.threads) for job in asked]
         return [future.result() for future in futures]
-
-
-def _job(phase: str, workload: str, name: str, plan: Plan, threads: int) -> bool:
-    torch.set_num_threads(threads)
-    if plan.device == "cuda":
-        torch.backends.cudnn.benchmark = True
-        torch.set_float32_matmul_precision("high" if plan.mode == "amp" else "highest")
-    return PHASES[phase](workload, name, plan)
 
 
 def _plan(args: argparse.Namespace) -> Plan:

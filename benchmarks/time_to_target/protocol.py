@@ -18,6 +18,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from benchmarks.machine import machine, versions
 from benchmarks.time_to_target import targets
 from benchmarks.time_to_target.optimizers import BASELINES, find
@@ -203,6 +205,15 @@ def final(workload: str, name: str, plan: Plan) -> bool:
 
 
 PHASES = {"reference": reference, "tune": tune, "final": final}
+
+
+def job(phase: str, workload: str, name: str, plan: Plan, threads: int) -> bool:
+    """An optimizer's part in a phase, in whatever process; whether it is not complete."""
+    torch.set_num_threads(threads)
+    if plan.device == "cuda":
+        torch.backends.cudnn.benchmark = True
+        torch.set_float32_matmul_precision("high" if plan.mode == "amp" else "highest")
+    return PHASES[phase](workload, name, plan)
 
 
 def jobs(
