@@ -71,7 +71,9 @@ def test_run_from_beginning_to_end(tmp_path, asked, capsys):
     kinds = {(row["kind"], row["optimizer"]) for row in rows}
     assert {("reference trial", "SGD"), ("reference", "AdamW")} < kinds
     assert {(kind, name) for kind in ("trial", "final", "untuned") for name in names} < kinds
-    assert len(rows) == 2 * (3 + 2) + 3 * (3 + 2 + 2)
+    tried = [(r["optimizer"], r["kind"], r["trial"]) for r in rows if r["kind"].endswith("trial")]
+    assert len(set(tried)) == 2 * 3 + 3 * 3
+    assert len(rows) == len(tried) + 2 * 2 + 3 * (2 + 2)
     fixed = json.loads((tmp_path / "targets.json").read_text())["small"]["tiny"]
     assert fixed["target"] == fixed["final"][fixed["from"]][-1]
     assert fixed["medians"][fixed["from"]] == min(fixed["medians"].values())
@@ -173,7 +175,9 @@ def test_what_is_absent_or_fails_is_a_row(tmp_path, asked, monkeypatch):
     monkeypatch.setitem(OPTIMIZERS, "SOAP", OPTIMIZERS["SGD"])  # installed meanwhile
     assert command.main([*asked, *names]) == 0
     soap = [row for row in read(tmp_path) if row["optimizer"] == "SOAP"]
-    assert sum(row["status"] == "ok" for row in soap) == 3 + 2 + 2
+    soap = [row for row in soap if row["status"] == "ok"]
+    assert {row["trial"] for row in soap if row["kind"] == "trial"} == {0, 1, 2}
+    assert sum(row["kind"] != "trial" for row in soap) == 2 + 2
 
 
 def made_up(name, metrics, kind="final", status="ok", seconds=0.5, **more):
@@ -232,7 +236,7 @@ def test_page():
     rows = [
         made_up("AdamW", [9.0, 5.0, 3.0]), made_up("AdamW", [9.0, 5.0], kind="untuned"),
         made_up("KFAC", [9.0, 3.0], seconds=0.8), made_up("KFAC", [9, 4, 2], kind="untuned"),
-        made_up("Muon", [9.0, 8.0], status="diverged"), made_up("SOAP", [9.0], kind="trial"),
+        made_up("Muon", [9.0, 8.0], status="diverged"), made_up("SOAP", [9.0], kind="trial", trial=0),
     ]  # fmt: skip
     text = page({"tiny": (known, rows)}, "small", ["p.png"])
     assert "| KFAC | 1.25 | 1.25 |" in text and "| Muon | 0.00 | - |" in text
@@ -391,3 +395,31 @@ def test_sessions_are_late_when_a_run_would_be(tmp_path, file):
     session = Session("tiny", "SGD", plan)
     assert session.repeat("reference", {"lr": 0.1}, 0.75, 0, None) == [] and session.late
     assert session.best("trial", targets.final_metric) is None and session.budget == 12
+
+
+def test_a_setting_that_meets_the_target_is_tried_on_more_seeds(tmp_path, file, monkeypatch):
+    ends = {0: [1.0, 1.0, 1.0], 1: [1.0, 9.0], 2: [9.0]}  # of the seeds, by trial
+
+    def attempted(task, name, options, seed, horizon, target):
+        trial = round(options["lr"])
+        steps = 10 * (3 - trial)  # the third would be the fastest, had it met the target
+        return {"status": "ok", "steps": steps, "seconds": 1.0,
+                "curve": [[0, 0.0, 9.0, 9.0], [steps, 1.0, 1.0, ends[trial][seed]]]}  # fmt: skip
+
+    def suggested(space, told, number, horizon):
+        return {"lr": number, "weight_decay": 0.1, "own": 0.1, "horizon": 0.5}
+
+    monkeypatch.setattr(protocol, "attempt", attempted)
+    monkeypatch.setattr(protocol, "suggest", suggested)
+    monkeypatch.setitem(OPTIMIZERS, "SGD", replace(OPTIMIZERS["SGD"], untuned={"lr": 0}))
+    plan = protocol.Plan("small", "cpu", "fp32", 3, 1, tmp_path / "r.jsonl", file,
+                         tmp_path / "t.json", INFINITE)  # fmt: skip
+    session = Session("tiny", "SGD", plan)
+
+    def score(row):
+        return targets.score(row, 2.0, 100)
+
+    for _ in range(2):  # the second time there is nothing left to run
+        session.tune("trial", score, None, 2.0, 3)
+        assert {n: len(rows) for n, rows in session.trials("trial").items()} == {0: 3, 1: 2, 2: 1}
+    assert session.best("trial", score)["trial"] == 0
