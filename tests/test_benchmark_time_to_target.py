@@ -236,7 +236,8 @@ def test_page():
     rows = [
         made_up("AdamW", [9.0, 5.0, 3.0]), made_up("AdamW", [9.0, 5.0], kind="untuned"),
         made_up("KFAC", [9.0, 3.0], seconds=0.8), made_up("KFAC", [9, 4, 2], kind="untuned"),
-        made_up("Muon", [9.0, 8.0], status="diverged"), made_up("SOAP", [9.0], kind="trial", trial=0),
+        made_up("Muon", [9.0, 8.0], status="diverged"),
+        made_up("SOAP", [9.0], kind="trial", trial=0),
     ]  # fmt: skip
     text = page({"tiny": (known, rows)}, "small", ["p.png"])
     assert "| KFAC | 1.25 | 1.25 |" in text and "| Muon | 0.00 | - |" in text
