@@ -18,7 +18,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 # Imported so that `--data=Glyphs` finds them by name.
-from training import digits, folder, glyphs, synthetic  # noqa: F401
+from training import digits, folder, glyphs, shards, synthetic  # noqa: F401
 from training.callbacks import Curvature, Speed
 from training.checkpoints import AtomicCheckpointIO, Last
 from training.data import Images

@@ -44,9 +44,14 @@ class Images(LightningDataModule):
         if self.parts is None:
             self.parts = self.load()
 
+    def order(self, generator: torch.Generator) -> torch.Tensor:
+        """An epoch's permutation of the training images."""
+        assert self.parts is not None
+        return torch.randperm(len(self.parts[0]), generator=generator)
+
     def train_dataloader(self) -> DataLoader:
         assert self.parts is not None
-        options = self._options()
+        options = {"order": self.order, **self._options()}
         self.loader = Loader(self.parts[0], self.batch_size, self.seed, *self._ranks(), **options)
         if self.resumed is not None:
             self.loader.load_state_dict(self.resumed)

@@ -23,11 +23,14 @@ class Seeded(Dataset):
             return self.images[at[1]]
 
 
+Order = Callable[[torch.Generator], Tensor]
+
+
 class Batches(Sampler[list[tuple[int, int]]]):
     """One epoch's worth of batches from `start()` on, this rank's share of each.
 
-    Batch p of all training is batch p mod n of epoch p // n, which is a permutation
-    drawn from (seed, epoch); the last images of a permutation that fill no batch are left out.
+    Batch p of all training is batch p mod n of epoch p // n, which is a permutation by
+    `order`, drawn from (seed, epoch); its last images that fill no batch are left out.
     """
 
     def __init__(
@@ -38,7 +41,9 @@ class Batches(Sampler[list[tuple[int, int]]]):
         rank: int,
         ranks: int,
         start: Callable[[], int],
+        order: Order,
     ) -> None:
+        self.order = order
         self.count, self.batch_size, self.seed = count, batch_size, seed
         self.rank, self.ranks, self.start = rank, ranks, start
 
@@ -51,7 +56,7 @@ class Batches(Sampler[list[tuple[int, int]]]):
             epoch, batch = divmod(position, len(self))
             if epoch != drawn:
                 generator = torch.Generator().manual_seed(mix(self.seed, epoch))
-                drawn, order = epoch, torch.randperm(self.count, generator=generator)
+                drawn, order = epoch, self.order(generator)
             whole = order[batch * self.batch_size : (batch + 1) * self.batch_size]
             yield [(epoch, index) for index in whole[self.rank :: self.ranks].tolist()]
 
@@ -65,6 +70,7 @@ class Loader(DataLoader):
         seed: Of the order and of random transforms.
         rank: This process, of `ranks`.
         ranks: Number of processes.
+        order: A permutation of all indices, drawn with a generator.
         options: Of torch's DataLoader.
 
     Raises:
@@ -72,7 +78,15 @@ class Loader(DataLoader):
     """
 
     def __init__(
-        self, images: Any, batch_size: int, seed: int, rank: int = 0, ranks: int = 1, **options: Any
+        self,
+        images: Any,
+        batch_size: int,
+        seed: int,
+        rank: int = 0,
+        ranks: int = 1,
+        *,
+        order: Order,
+        **options: Any,
     ) -> None:
         if batch_size > len(images):
             raise ValueError(
@@ -86,7 +100,9 @@ class Loader(DataLoader):
             )
         # (plain integers: jsonargparse has types of its own, that a checkpoint must not hold)
         self.handed_out, self.images_a_step = 0, int(batch_size)
-        batches = Batches(len(images), batch_size, seed, rank, ranks, lambda: self.handed_out)
+        batches = Batches(
+            len(images), batch_size, seed, rank, ranks, lambda: self.handed_out, order
+        )
         super().__init__(Seeded(images, seed), batch_sampler=batches, **options)
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]

@@ -11,6 +11,7 @@ from tests.train.common import (
     QUIETLY,
     ROOT,
     folder,
+    interrupted,
     last,
     logged,
     optimizer,
@@ -67,7 +68,7 @@ def test_everything_at_once(run, tmp_path):
     ]
     assert run("fit", *every, folder="whole") == 0
     saved = tmp_path / "part"
-    code = _interrupted(run, every, at=7)
+    code = interrupted(run, every, at=7)
     assert code == "interrupted" and last(saved)["global_step"] == 6
     assert run("fit", *every, "--ckpt_path=last", folder="part") == 0
     whole, resumed = last(tmp_path / "whole"), last(saved)
@@ -76,26 +77,6 @@ def test_everything_at_once(run, tmp_path):
         for key, value in whole[part].items():
             assert torch.equal(value, resumed[part][key]), key
     assert run("validate", f"--ckpt_path={saved}/checkpoints/last.ckpt", folder="check") == 0
-
-
-def _interrupted(run, arguments, at):
-    """Fit until the `at`-th optimizer step begins, which fails; a checkpoint every 3 steps."""
-    from training.callbacks import Speed
-
-    class Stop(Exception):
-        pass
-
-    def stop(self, trainer, *_):
-        if trainer.global_step == at:
-            raise Stop
-
-    Speed.on_before_optimizer_step = stop
-    try:
-        run("fit", *arguments, "--checkpoint.every_n_steps=3", folder="part")
-    except Stop:
-        return "interrupted"
-    finally:
-        del Speed.on_before_optimizer_step
 
 
 GLYPHS = ["--data=Glyphs", "--data.train_images=256", "--data.validation_images=128"]
