@@ -102,6 +102,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, ArgumentError, MisconfigurationException) as error:
         if os.environ.get("TN_KFAC_TRACEBACK"):
             raise
-        print("train.py: error:", *str(error).split(), file=sys.stderr)
+        print("train.py: error:", *str(_reason(error)).split(), file=sys.stderr)
         return 2
     return 0
+
+
+def _reason(error: Exception) -> Exception:
+    """What a data set said, without the list of types that jsonargparse wraps it in."""
+    while type(error) is ValueError and isinstance(error.__cause__, ValueError):
+        error = error.__cause__
+    return error
