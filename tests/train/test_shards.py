@@ -68,7 +68,7 @@ def loader(images, rank=0, ranks=1, done=0, workers=0):
     from training.loader import Loader
 
     options = {"order": images.order, "num_workers": workers}
-    made = Loader(images.parts[0], 4, 0, rank, ranks, **options)
+    made = Loader(images.seeded(images.parts[0], 0), 4, rank, ranks, **options)
     made.load_state_dict({"batches": done, "batch_size": 4})
     return [batch for _ in range(2) for batch in made]  # of two epochs
 
