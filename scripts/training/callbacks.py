@@ -13,6 +13,7 @@ from torch.nn.utils import get_total_norm
 from training.types import NonNegativeInt
 
 FACTORS = ("K", "C", "A", "G")
+CONDITIONED = 512  # rows of a matrix whose singular values may be computed in passing
 
 
 class Speed(Callback):
@@ -48,8 +49,9 @@ class Curvature(Callback):
 
     `curvature/K_norm_max` is the largest norm over layers of the factors K (of SINGD; C, A
     and G likewise), `…_norm_min` the smallest; `curvature/K_ratio_max` the largest ratio,
-    in one layer, of largest to smallest size of a diagonal entry. `update/norm` is the
-    norm of the step of all parameters, `update/relative` the same over theirs.
+    in one layer, of largest to smallest size of a diagonal entry; `curvature/K_condition_max`
+    the largest condition number of matrices (or blocks) of at most 512 rows, if there are any.
+    `update/norm` is the norm of the step of all parameters, `update/relative` the same over theirs.
 
     Args:
         every_n_steps: Steps between two measurements; 0 measures nothing.
@@ -89,9 +91,17 @@ def factor_values(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
         sizes = [_diagonal(factor).float().abs() for factor in factors]
         ratios = [size.max() / size.min().clamp(min=1e-30) for size in sizes]
         values[f"curvature/{name}_ratio_max"] = torch.stack(ratios).max()
+        dense = [f for f in factors if _is_square(f) and f.shape[-1] <= CONDITIONED]
+        if dense:
+            finite = [torch.nan_to_num(factor.float()) for factor in dense]  # or the SVD fails
+            conditions = [torch.linalg.cond(factor).max() for factor in finite]
+            values[f"curvature/{name}_condition_max"] = torch.stack(conditions).max()
     return values
 
 
+def _is_square(factor: Tensor) -> bool:
+    return factor.ndim >= 2 and factor.shape[-1] == factor.shape[-2]
+
+
 def _diagonal(factor: Tensor) -> Tensor:
-    square = factor.ndim >= 2 and factor.shape[-1] == factor.shape[-2]
-    return factor.diagonal(dim1=-2, dim2=-1) if square else factor
+    return factor.diagonal(dim1=-2, dim2=-1) if _is_square(factor) else factor

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import pickle
+import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,16 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 MARK = "tn_kfac"
+UNREADABLE = (
+    RuntimeError,
+    EOFError,
+    OSError,
+    ValueError,
+    KeyError,
+    pickle.UnpicklingError,
+    zipfile.BadZipFile,
+    zlib.error,
+)
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -46,21 +58,29 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         """Load a checkpoint that this script wrote.
 
         Raises:
-            ValueError: If it is truncated, or not such a checkpoint.
+            ValueError: If it is truncated, damaged, or not such a checkpoint.
         """
         advice = "give a .ckpt file that train.py wrote, or 'last'"
         if not Path(path).is_file():
             raise ValueError(f"ckpt_path: there is no file {str(path)!r}; {advice}")
         try:
             only = True if weights_only is None else weights_only
+            _check_sums(path)
             checkpoint = torch.load(path, map_location=map_location, weights_only=only)
-        except (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError):
+        except UNREADABLE:
             raise ValueError(
-                f"ckpt_path: {str(path)!r} is truncated, or no checkpoint; {advice}"
+                f"ckpt_path: {str(path)!r} is truncated or damaged, or no checkpoint; {advice}"
             ) from None
         if not isinstance(checkpoint, dict) or MARK not in checkpoint:
             raise ValueError(f"ckpt_path: {str(path)!r} was not written by train.py; {advice}")
         return checkpoint
+
+
+def _check_sums(path: Any) -> None:
+    """Read all of it, for torch loads a file with a flipped bit."""
+    with zipfile.ZipFile(path) as file:
+        if (damaged := file.testzip()) is not None:
+            raise OSError(f"{damaged} has another checksum")
 
 
 def _sync_folder(folder: Path) -> None:

@@ -18,7 +18,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 # Imported so that `--data=Glyphs` finds them by name.
-from training import digits, folder, glyphs, synthetic  # noqa: F401
+from training import digits, folder, glyphs, shards, synthetic  # noqa: F401
 from training.callbacks import Curvature, Speed
 from training.checkpoints import AtomicCheckpointIO, Last
 from training.data import Images
@@ -102,6 +102,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, ArgumentError, MisconfigurationException) as error:
         if os.environ.get("TN_KFAC_TRACEBACK"):
             raise
-        print("train.py: error:", *str(error).split(), file=sys.stderr)
+        print("train.py: error:", *str(_reason(error)).split(), file=sys.stderr)
         return 2
     return 0
+
+
+def _reason(error: Exception) -> Exception:
+    """What a data set said, without the list of types that jsonargparse wraps it in."""
+    while type(error) is ValueError and isinstance(error.__cause__, ValueError):
+        error = error.__cause__
+    return error

@@ -9,7 +9,7 @@ import torch
 from lightning import LightningDataModule
 from torch.utils.data import DataLoader
 
-from training.loader import Loader, Share
+from training.loader import Loader, Seeded, Share
 from training.types import NonNegativeInt, PositiveInt
 
 
@@ -44,10 +44,20 @@ class Images(LightningDataModule):
         if self.parts is None:
             self.parts = self.load()
 
+    def seeded(self, images: Any, seed: int) -> Seeded:
+        """One part's images as a function of epoch, index and seed."""
+        return Seeded(images, seed)
+
+    def order(self, generator: torch.Generator) -> torch.Tensor:
+        """An epoch's permutation of the training images."""
+        assert self.parts is not None
+        return torch.randperm(len(self.parts[0]), generator=generator)
+
     def train_dataloader(self) -> DataLoader:
         assert self.parts is not None
-        options = self._options()
-        self.loader = Loader(self.parts[0], self.batch_size, self.seed, *self._ranks(), **options)
+        options = {"order": self.order, **self._options()}
+        images = self.seeded(self.parts[0], self.seed)
+        self.loader = Loader(images, self.batch_size, *self._ranks(), **options)
         if self.resumed is not None:
             self.loader.load_state_dict(self.resumed)
         return self.loader
@@ -68,7 +78,7 @@ class Images(LightningDataModule):
     def val_dataloader(self) -> DataLoader:
         assert self.parts is not None
         rank, ranks = self._ranks()
-        share = Share(self.parts[1], self.seed + 1, rank, ranks)
+        share = Share(self.seeded(self.parts[1], self.seed + 1), rank, ranks)
         return DataLoader(share, max(1, self.batch_size // ranks), **self._options())
 
     def test_dataloader(self) -> DataLoader:

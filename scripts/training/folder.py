@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
 
-import torch
 from torchvision.datasets import ImageFolder
-from torchvision.transforms import v2
 
 from training.data import Images
+from training.transforms import Policy, to_evaluate, to_train
 from training.types import ClosedUnitInterval, NonNegativeInt, PositiveInt
 
-MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 LAYOUT = "expected ROOT/train/CLASS/IMAGE.jpg and ROOT/val/CLASS/IMAGE.jpg with the same classes"
-Policy = Literal["none", "autoaugment", "randaugment", "trivialaugment", "augmix"]
 
 
 class Folder(Images):
@@ -46,7 +42,7 @@ class Folder(Images):
     ) -> None:
         super().__init__(batch_size, workers, seed)
         self.root = Path(root).expanduser()
-        self.size, self.resize, self.policy, self.erasing = size, resize, policy, erasing
+        self.transforms = to_train(size, policy, erasing), to_evaluate(size, resize)
         self.classes = self._classes()
         self.num_classes = len(self.classes)
 
@@ -71,32 +67,10 @@ class Folder(Images):
         return found["train"]
 
     def load(self) -> tuple[ImageFolder, ImageFolder]:
-        parts = (("train", self.train_transform()), ("val", self.eval_transform()))
+        parts = zip(("train", "val"), self.transforms, strict=True)
         try:
             train, val = (ImageFolder(self.root / part, transform) for part, transform in parts)
         except FileNotFoundError as error:
             reason = " ".join(str(error).split())
             raise ValueError(f"data.root: {str(self.root)!r}: {reason} {LAYOUT}") from None
         return train, val
-
-    def train_transform(self) -> Any:
-        """Random crop and flip, the policy, normalisation, erasing."""
-        policies: dict[str, type] = {
-            "autoaugment": v2.AutoAugment,
-            "randaugment": v2.RandAugment,
-            "trivialaugment": v2.TrivialAugmentWide,
-            "augmix": v2.AugMix,
-        }
-        steps = [v2.RandomResizedCrop(self.size, antialias=True), v2.RandomHorizontalFlip()]
-        if self.policy != "none":
-            steps.append(policies[self.policy]())
-        last = [v2.RandomErasing(self.erasing)] if self.erasing else []
-        return v2.Compose([v2.ToImage(), *steps, *self._normalise(), *last, v2.ToPureTensor()])
-
-    def eval_transform(self) -> Any:
-        """Resize, centre crop, normalisation."""
-        steps = [v2.Resize(self.resize, antialias=True), v2.CenterCrop(self.size)]
-        return v2.Compose([v2.ToImage(), *steps, *self._normalise(), v2.ToPureTensor()])
-
-    def _normalise(self) -> list[Any]:
-        return [v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, DEVIATION)]

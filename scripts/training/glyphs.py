@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import string
 from functools import cache
 from pathlib import Path
@@ -11,13 +12,15 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
-from torchvision.transforms.v2 import RandomAffine
+from torch.nn import functional
 
 from training.data import Images
+from training.loader import At, Seeded
+from training.seeds import mix
 from training.types import NonNegativeFloat, NonNegativeInt, PositiveInt
 
 CHARACTERS = string.digits + string.ascii_letters
-FONTS = ("DejaVuSans[!D]*.ttf", "DejaVuSerif[!D]*.ttf", "STIXGeneral*.ttf")
+FONTS = ("DejaVuSans*.ttf", "DejaVuSerif*.ttf", "STIXGeneral*.ttf")
 
 
 @cache
@@ -28,7 +31,8 @@ def render(size: int) -> Tensor:
         OSError: If matplotlib's fonts are not where they should be.
     """
     folder = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
-    paths = sorted(path for name in FONTS for path in folder.glob(name))
+    found = sorted(path for name in FONTS for path in folder.glob(name))
+    paths = [path for path in found if "Display" not in path.name]  # which have no letters
     if not paths:
         raise OSError(f"data: no font DejaVu*.ttf in {folder}; reinstall matplotlib")
     fonts = [ImageFont.truetype(str(path), round(0.7 * size)) for path in paths]
@@ -42,22 +46,75 @@ def _draw(letter: str, font: ImageFont.FreeTypeFont, size: int) -> Tensor:  # (1
     return torch.from_numpy(np.array(picture)).float().div(255)[None]
 
 
-class Bent:
-    """Characters under a random affine map, of random contrast, with noise."""
+class Characters:
+    """So many of the rendered characters, each in all fonts; labels go round."""
 
-    def __init__(self, count: int, size: int, noise: float) -> None:
-        self.count, self.noise, self.glyphs = count, noise, render(size)
-        self.bend = RandomAffine([-25, 25], (0.12, 0.12), (0.6, 1.1), [-15, 15, -15, 15])
+    def __init__(self, count: int, size: int) -> None:
+        self.count, self.pictures = count, render(size)
 
     def __len__(self) -> int:
         return self.count
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        label = index % len(self.glyphs)
-        font = int(torch.randint(self.glyphs.shape[1], ()))
-        picture = self.bend(self.glyphs[label, font])
-        contrast = (0.3 + 0.7 * torch.rand(())) * (1 if torch.rand(()) < 0.5 else -1)
-        return 2 * contrast * picture - contrast + self.noise * torch.randn(picture.shape), label
+
+class Bent(Seeded):
+    """Characters in a random font, under a random affine map, of random contrast, with noise.
+
+    Each is a function of (seed, epoch, index), of its own stream of a counter-based generator;
+    a batch of them is bent at once.
+    """
+
+    def __init__(self, images: Characters, seed: int, noise: float) -> None:
+        super().__init__(images, seed)
+        self.noise = noise
+
+    def __getitem__(self, at: At) -> tuple[Tensor, int]:
+        return self.__getitems__([at])[0]
+
+    def __getitems__(self, ats: list[At]) -> list[tuple[Tensor, int]]:
+        pictures = self.images.pictures
+        size, labels = pictures.shape[-1], [index % len(pictures) for _, index in ats]
+        numbers, noise = self._draw(ats, size)
+        fonts = (numbers[:, 0] * pictures.shape[1]).long()
+        grid = sampling_grid(numbers[:, 1:7], size)
+        bent = functional.grid_sample(pictures[labels, fonts], grid, align_corners=False)
+        contrast = (0.3 + 0.7 * numbers[:, 7]) * (2 * (numbers[:, 8] < 0.5) - 1)
+        images = (2 * bent - 1) * contrast[:, None, None, None] + self.noise * noise
+        return list(zip(images, labels, strict=True))
+
+    def _draw(self, ats: list[At], size: int) -> tuple[Tensor, Tensor]:
+        """For each image nine numbers in 0 … 1, and normal noise: (n, 9), (n, 1, size, size)."""
+        seeds = {epoch: mix(self.seed, epoch) for epoch, _ in ats}
+        numbers = np.empty((len(ats), 9), np.float32)
+        noise = np.empty((len(ats), 1, size, size), np.float32)
+        for n, (epoch, index) in enumerate(ats):
+            generator = np.random.Generator(np.random.Philox(key=[seeds[epoch], index]))
+            generator.random(out=numbers[n], dtype=np.float32)
+            generator.standard_normal(out=noise[n], dtype=np.float32)
+        return torch.from_numpy(numbers), torch.from_numpy(noise)
+
+
+def sampling_grid(numbers: Tensor, size: int) -> Tensor:  # (n, 6) in 0 … 1 -> (n, size, size, 2)
+    """Where the pixels of rotated, sheared, scaled and moved pictures come from, in −1 … 1.
+
+    The inverse of x ↦ s R(φ) S x + t: φ up to 25°, two shears S up to 15°, s from 0.6 to 1.1 and t
+    up to 0.12 of the size.
+    """
+    angle, across, down, scale, left, right = numbers.unbind(1)
+    angle, left, right = (
+        (2 * a - 1) * math.radians(b) for a, b in ((angle, 25), (left, 15), (right, 15))
+    )
+    scale, sine, cosine, a, b = 0.6 + 0.5 * scale, angle.sin(), angle.cos(), left.tan(), right.tan()
+    # (S R)⁻¹ = adj(S) R(−φ) / det S
+    factor = 1 / (scale * (1 - a * b))
+    rows = ((cosine + a * sine, sine - a * cosine), (-b * cosine - sine, cosine - b * sine))
+    at = (2 * torch.arange(size) + 1) / size - 1
+    x = at - 0.24 * (2 * across - 1)[:, None]  # (n, size); the picture is 2 wide
+    y = at - 0.24 * (2 * down - 1)[:, None]
+    axes = [
+        (factor * p)[:, None, None] * x[:, None] + (factor * q)[:, None, None] * y[:, :, None]
+        for p, q in rows
+    ]
+    return torch.stack(axes, -1)
 
 
 class Glyphs(Images):
@@ -94,6 +151,9 @@ class Glyphs(Images):
             raise ValueError(f"data.size: {size} is too small to read; take 16 or more")
         self.counts, self.size, self.noise = (train_images, validation_images), size, noise
 
-    def load(self) -> tuple[Bent, Bent]:
-        train, validation = (Bent(count, self.size, self.noise) for count in self.counts)
+    def load(self) -> tuple[Characters, Characters]:
+        train, validation = (Characters(count, self.size) for count in self.counts)
         return train, validation
+
+    def seeded(self, images: Characters, seed: int) -> Bent:
+        return Bent(images, seed, self.noise)

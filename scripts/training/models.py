@@ -57,7 +57,7 @@ def _with_input(model: nn.Module, channels: int) -> nn.Module:
 
 def _timm(name: str, num_classes: int, in_channels: int, options: dict) -> nn.Module:
     try:
-        import timm  # type: ignore[import-not-found]
+        import timm
     except ImportError:
         raise ValueError(
             f"model.name: 'timm/{name}' needs timm, which is not installed; pip install timm"

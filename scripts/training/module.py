@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from lightning import LightningModule
-from lightning.pytorch.plugins.precision import MixedPrecision
+from lightning.pytorch.plugins.precision import DoublePrecision, MixedPrecision
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torchvision.transforms.v2 import CutMix, MixUp, RandomChoice
@@ -82,7 +82,7 @@ class Classifier(LightningModule):
         images, labels = batch
         images, targets = self.mix_images(images, labels) if self.mix_images else (images, labels)
         logits = self(images.contiguous(memory_format=self.layout))
-        loss = self.loss(logits.float(), targets)
+        loss = self.loss(_widened(logits), targets)
         if self.choice.wants_outputs:
             self.to_measure = (logits, targets)
         accuracy = (logits.detach().argmax(1) == labels).float().mean()
@@ -102,7 +102,7 @@ class Classifier(LightningModule):
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         images, labels = batch
-        logits = self(images.contiguous(memory_format=self.layout)).float()
+        logits = _widened(self(images.contiguous(memory_format=self.layout)))
         best = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
         loss = nn.functional.cross_entropy(logits, labels, reduction="sum")
         sums = [loss, best[:, 0].sum(), best.any(1).sum(), torch.tensor(float(len(labels)))]
@@ -177,6 +177,13 @@ class Classifier(LightningModule):
                 f"ckpt_path: the checkpoint's {self.name} has other sizes; give the "
                 "configuration that it was written with"
             )
+        if isinstance(self.trainer.precision_plugin, DoublePrecision):
+            self.double()  # as Lightning does, but after it has rounded the weights to float32
+
+
+def _widened(logits: Tensor) -> Tensor:
+    """In float32 at least, for the loss."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 def _shapes(state: dict[str, Tensor]) -> dict[str, torch.Size]:

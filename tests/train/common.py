@@ -64,3 +64,23 @@ def folder(root, *parts):
         (root / part).parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (40, 36), "red").save(root / part)
     return ["--data=Folder", f"--data.root={root}", "--model.name=torchvision/resnet18"]
+
+
+def interrupted(run, arguments, at, **options):
+    """Fit into "part" until the `at`-th step begins, which fails; checkpoints every 3 steps."""
+    from training.callbacks import Speed
+
+    class Stop(Exception):
+        pass
+
+    def stop(self, trainer, *_):
+        if trainer.global_step == at:
+            raise Stop
+
+    Speed.on_before_optimizer_step = stop
+    try:
+        run("fit", *arguments, "--checkpoint.every_n_steps=3", folder="part", **options)
+    except Stop:
+        return "interrupted"
+    finally:
+        del Speed.on_before_optimizer_step

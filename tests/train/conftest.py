@@ -5,6 +5,11 @@ import pytest
 from tests.train.common import DIGITS, QUIET
 
 
+@pytest.fixture(autouse=True)
+def _cache_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.setenv("TN_KFAC_CACHE", str(tmp_path / "cache"))
+
+
 @pytest.fixture
 def run(tmp_path):
     """Run train.py in this process, into a folder of `tmp_path`; return the exit code."""

@@ -16,11 +16,12 @@ import time
 from pathlib import Path
 
 
-def start(arguments, folder, dying_write=0):
+def start(arguments, folder, dying_write=0, environment=None):
     """Fork a process that trains; with `dying_write` = n it dies within its n-th checkpoint."""
     child = os.fork()
     if child:
         return child
+    os.environ.update(environment or {})
     quiet = os.open(folder.with_suffix(".log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(quiet, 1)
     os.dup2(quiet, 2)
