@@ -81,6 +81,10 @@ class Session:
         """Steps at most."""
         return WORKLOADS[self.place["workload"]].sizes[self.plan.size].steps
 
+    def scores(self, target: float) -> Score:
+        """What runs are compared by."""
+        return lambda row: targets.score(row, target, self.budget)
+
     def rows(self, kind: str) -> list[Row]:
         """Of runs that took place, whether or not they failed."""
         found = self.store.rows(**self.place, kind=kind)
@@ -210,11 +214,7 @@ def tune(workload: str, name: str, plan: Plan) -> bool:
     target = fix_target(workload, plan)
     if target is None:
         return True
-
-    def score(row: Row) -> float:
-        return targets.score(row, target, session.budget)
-
-    session.tune("trial", score, None, target, TUNING_SEEDS)
+    session.tune("trial", session.scores(target), None, target, TUNING_SEEDS)
     return session.late
 
 
@@ -224,10 +224,7 @@ def final(workload: str, name: str, plan: Plan) -> bool:
     target = fix_target(workload, plan)
     if target is None:
         return True
-
-    def score(row: Row) -> float:
-        return targets.score(row, target, session.budget)
-
+    score = session.scores(target)
     best, tried = session.best("trial", score), session.trials("trial")
     if best is not None and len(tried) >= plan.trials:
         setter = targets.load(plan.size, workload, plan.targets) or {}

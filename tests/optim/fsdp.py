@@ -4,15 +4,14 @@ Run as `python fsdp.py RANK RANKS FOLDER`; prints, for each case, how far the tw
 """
 
 import copy
-import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from launching import as_rank
 from optimizers import OPTIMIZERS, Mixed, factors_of
 from ranks import apart, backward, batch
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 from torch.distributed import checkpoint
 from torch.distributed.checkpoint import state_dict as by_names
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -249,10 +248,4 @@ def trials(rank: int, ranks: int, folder: Path) -> dict[str, Callable[[], float]
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    rank, ranks, folder = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
-    distributed.init_process_group(
-        "gloo", init_method=f"file://{folder / 'store'}", rank=rank, world_size=ranks
-    )
-    print(json.dumps({key: trial() for key, trial in trials(rank, ranks, folder).items()}))
-    distributed.destroy_process_group()
+    as_rank(trials)

@@ -3,8 +3,12 @@
 import json
 import subprocess
 import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+
+import torch
+from torch import distributed
 
 HERE = Path(__file__).parent
 
@@ -30,3 +34,14 @@ def launch(script: str, ranks: int, meeting: Path) -> list[Any]:
             process.kill()  # does nothing to those that have ended
     assert all(process.returncode == 0 for process in running), said
     return [json.loads(out.splitlines()[-1]) for out, _ in said]
+
+
+def as_rank(trials: Callable[[int, int, Path], Mapping[str, Callable[[], Any]]]) -> None:
+    """Be the rank that `launch` asks for (MEETING is a folder), and say what each trial found."""
+    torch.set_num_threads(1)
+    rank, ranks, folder = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
+    distributed.init_process_group(
+        "gloo", init_method=f"file://{folder / 'store'}", rank=rank, world_size=ranks
+    )
+    print(json.dumps({name: trial() for name, trial in trials(rank, ranks, folder).items()}))
+    distributed.destroy_process_group()

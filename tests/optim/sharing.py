@@ -4,8 +4,6 @@ Run as `python sharing.py RANK RANKS FOLDER`; prints, for each trial, how far th
 """
 
 import copy
-import json
-import sys
 import warnings
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -14,6 +12,7 @@ from unittest.mock import patch
 
 import torch
 from fsdp import Grouped, full, sharded
+from launching import as_rank
 from ranks import apart, backward, batch
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -175,7 +174,7 @@ def resumed(rank: int, ranks: int, mode: str, into: str, own: bool) -> float:
     return max(apart(p, q) for p, q in zip(other.parameters(), model.parameters(), strict=True))
 
 
-def trials(rank: int, ranks: int) -> dict[str, Callable[[], float]]:
+def trials(rank: int, ranks: int, _: Path) -> dict[str, Callable[[], float]]:
     """What is tried with so many ranks."""
     found: dict[str, Callable[[], float]] = {}
     if ranks == 2:
@@ -219,10 +218,4 @@ def trials(rank: int, ranks: int) -> dict[str, Callable[[], float]]:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    rank, ranks, folder = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
-    distributed.init_process_group(
-        "gloo", init_method=f"file://{folder / 'store'}", rank=rank, world_size=ranks
-    )
-    print(json.dumps({key: trial() for key, trial in trials(rank, ranks).items()}))
-    distributed.destroy_process_group()
+    as_rank(trials)
