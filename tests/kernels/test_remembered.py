@@ -15,6 +15,7 @@ from tn_kfac import SINGD
 from tn_kfac.curvature import packed
 from tn_kfac.curvature.packed import KEPT, PackedStatistics
 from tn_kfac.curvature.statistics import Recipe, statistics
+from tn_kfac.kernels import singd
 from tn_kfac.layers import layer_of
 from tn_kfac.optim import fused
 from tn_kfac.structures import Diagonal
@@ -47,6 +48,22 @@ def test_calls_of_other_shapes(every: int, monkeypatch: pytest.MonkeyPatch) -> N
             (expected,) = recipe.pack(parts)
             assert found is not None
             torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+
+
+@needs_kernels
+def test_few_sets_of_layers_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layers that are skipped by chance make ever new sets."""
+    monkeypatch.setattr(singd, "KEPT", 6)
+    torch.manual_seed(0)
+    layers = nn.ModuleList(nn.Linear(3, width) for width in range(4, 8)).to(DEVICE)
+    optimizer = SINGD(layers, T=1, structure="diagonal", warn_unsupported=False)
+    tables = optimizer._fused._tables
+    for step in range(1, 16):
+        optimizer.zero_grad()
+        used = [layer for bit, layer in enumerate(layers) if step >> bit & 1]
+        sum(layer(torch.randn(2, 3, device=DEVICE)).square().mean() for layer in used).backward()
+        optimizer.step()
+        assert 0 < len(tables._programs) <= 6 and len(tables._known) <= 6
 
 
 @needs_kernels

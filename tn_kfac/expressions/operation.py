@@ -131,7 +131,10 @@ class Operation(Generic[P]):
             for name, value in zip(self._names, args, strict=False)
         ]
         positional += args[len(self._names) :]  # too many: the function itself complains
-        named = {n: readers.get(n, _hyper)(n, value, tensors) for n, value in kwargs.items()}
+        named = {  # a name that is none the function itself refuses
+            n: readers.get(n, _hyper)(n, value, tensors) if n in self._names else None
+            for n, value in kwargs.items()
+        }
         if len(tensors) > 1:
             _check_alike(tensors)
         expression = self._derive(*positional, **named)

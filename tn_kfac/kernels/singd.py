@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 BLOCK, ROWS, COLUMNS = 1024, 32, 128
 """Entries of a factor, and rows and columns of a weight, that a program takes at once."""
+KEPT = 64
+"""Sets of layers whose tables are kept: which layers have gradients may differ in every step."""
 
 
 class LayerFactors(NamedTuple):
@@ -103,7 +105,8 @@ class SgdRule(NamedTuple):
 class Tables:
     """What launches need: tables of addresses and of programs on the device, and kernels.
 
-    All of it is kept as long as it does not change.
+    All of it is kept as long as it does not change, for `KEPT` sets of layers at most; what a
+    captured CUDA graph reads, for good.
     """
 
     def __init__(self) -> None:
@@ -115,9 +118,16 @@ class Tables:
 
     def programs(self, key: Hashable, make: Callable[[], Tensor], device: torch.device) -> Tensor:
         """What each program does; `key` says what it depends on."""
+        captured = _captures(device)
         if key not in self._programs:
+            if len(self._programs) >= KEPT and not captured:
+                for kept in (self._programs, self._known, self._kernels, self._spare):
+                    kept.clear()
             self._programs[key] = make().to(device, torch.int32)
-        return self._programs[key]
+        programs = self._programs[key]
+        if captured:
+            self._captured.append(programs)
+        return programs
 
     def kernel(self, key: Hashable, make: Callable[[], Prepared]) -> Prepared:
         """A kernel; `key` says what it depends on."""
@@ -129,6 +139,8 @@ class Tables:
         """The values on the device. `key` is whose they are: they may differ in every step."""
         known = self._known.get(key)
         if known is not None and known[0] == values:
+            if _captures(device):
+                self._captured.append(known)
             return known[1]
         if device.type != "cuda":
             table = torch.tensor(values)
@@ -142,7 +154,7 @@ class Tables:
         A CUDA graph that is captured reads the pinned memory whenever it is replayed; so that
         memory is its own, and was allocated before.
         """
-        captured = torch.cuda.is_current_stream_capturing()
+        captured = _captures(device)
         host = self._spare.pop(key, None) if captured else None
         if host is None:
             host = torch.empty(len(values), dtype=torch.int64, pin_memory=True)
@@ -157,6 +169,11 @@ class Tables:
             if key not in self._spare:
                 self._spare[key] = torch.empty(len(values), dtype=torch.int64, pin_memory=True)
         return table
+
+
+def _captures(device: torch.device) -> bool:
+    """Whether launches on the device go into a CUDA graph now."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def update_factors(

@@ -24,14 +24,20 @@ def as_groups(params: Any) -> list[Group]:
     """What torch optimizers accept as `params`, as a list of groups.
 
     Raises:
-        TypeError: If `params` is a lone tensor.
-        ValueError: If `params` is empty.
+        TypeError: If `params` is a lone tensor, or nothing that holds any.
+        ValueError: If `params` is empty, or a group has none.
     """
+    wanted = "params must be an iterable of tensors or dicts"
     if isinstance(params, Tensor):
-        raise TypeError("params must be an iterable of tensors or dicts, got a tensor: wrap it")
+        raise TypeError(f"{wanted}, got a tensor: wrap it")
+    if not isinstance(params, Iterable):
+        raise TypeError(f"{wanted}, got {params!r}: pass model.parameters(), or nothing")
     listed = list(params)
     if not listed:
         raise ValueError("params is empty: pass a model with parameters")
+    for group in listed:
+        if isinstance(group, dict) and "params" not in group:
+            raise ValueError(f"params has a group without 'params', {group!r}: name its tensors")
     return listed if isinstance(listed[0], dict) else [{"params": listed}]
 
 
