@@ -37,6 +37,12 @@ def test_forward_pass(network, is_call):
     assert lower(network).lowerings == (("convolution",) if is_call else ())
 
 
+@pytest.mark.parametrize(("size", "lowerings"), [(3, ("strided view",) * 2), (2, ())])
+def test_windows_of_lines_with_fewer_pixels_than_offsets_are_no_view(size, lowerings):
+    network = convolution((8, 64, size, size), 3, padding=1).rows().network
+    assert lower(network).lowerings == lowerings
+
+
 PER_EXAMPLE = {
     "an ordinary layer": (wide(56, 64, 3, padding=1), ("convolution",)),
     "channel groups": (wide(56, 64, 3, padding=1, groups=4), ()),

@@ -40,7 +40,8 @@ def _view_pays(network: Network, pattern: Pattern, holder: Operand) -> bool:
     """Whether to copy windows for a matrix product: not for many groups of few rows each.
 
     Nor for an image that is small enough for products with its patterns to cost less than a
-    copy of overlapping windows. An open window axis means that the windows are the result.
+    copy of overlapping windows. An open window axis means that the windows are the result: they
+    are copied, unless lines have fewer pixels than windows have offsets.
     """
     axis, patterns = pattern.axis, [n for n in network.nodes if isinstance(n, Pattern)]
     others = (n.axes for n in network.nodes if isinstance(n, Operand) and n is not holder)
@@ -49,7 +50,7 @@ def _view_pays(network: Network, pattern: Pattern, holder: Operand) -> bool:
     if len(patterns) > 1 and shared and few and axis.input_size <= SMALL_SIDE:
         return False
     if pattern.output in network.output_axes:
-        return True
+        return axis.kernel_size <= axis.input_size
     if len(patterns) == 2 and 2 * axis.input_size**2 < axis.output_size * axis.kernel_size**2:
         return False  # a gram of pixels, from which both patterns pick, is cheaper
     open_axes = set(network.output_axes)
