@@ -81,10 +81,17 @@ def fold(
 ) -> Tensor:
     """Sum of columns (n, c·K, O) over overlapping windows (col2im); (n, c, *output_size).
 
+    An integer `output_size` stands for as many dimensions as another argument has entries, else for
+    two, as in torch.
+
     Raises:
         ValueError: If a hyper-parameter is impossible.
         TypeError: If a hyper-parameter is not made of integers.
     """
+    if isinstance(output_size, int):
+        others = (kernel_size, dilation, stride, padding)
+        entries = [len(other) for other in others if isinstance(other, (tuple, list))]
+        output_size = (output_size,) * (entries[0] if entries else 2)
     return expressions.fold(input, output_size, kernel_size, stride, padding, dilation)
 
 

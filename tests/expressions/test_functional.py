@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from expressions import reference
 from expressions.strategies import Case, cases, transposed_cases
-from tn_kfac import functional
+from tn_kfac import expressions, functional
 
 few, many = st.sampled_from([1, 2, 3]), st.sampled_from([4, 5, 6])
 CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
@@ -104,3 +104,18 @@ def test_bias_of_wrong_shape(shape):
     x, weight = torch.ones(1, 2, 5), torch.ones(2, 2, 3)
     with pytest.raises(ValueError, match="bias has shape"):
         functional.conv(x, weight, torch.ones(shape))
+
+
+def test_fold_to_an_integer_size():
+    """As in torch it means two dimensions, but for other arguments that say how many."""
+    columns = torch.randn(2, 8, 9, dtype=torch.float64)
+    close(functional.fold(columns, 4, 2), F.fold(columns, 4, 2))
+    once = functional.fold(columns, (18,), 2, stride=2)
+    close(functional.fold(columns, 18, 2, stride=(2,)), once)
+
+
+@pytest.mark.parametrize("wrong", [3, torch.ones(2)])
+def test_only_expressions_are_explained_and_drawn(wrong, tmp_path):
+    for show in (expressions.explain, lambda x: expressions.draw(x, tmp_path / "x.png")):
+        with pytest.raises(TypeError, match="must be what"):
+            show(wrong)

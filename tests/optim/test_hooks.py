@@ -35,6 +35,8 @@ def test_close_removes_every_hook(digits, build):
     loss_of(model, digits, 0).backward()
     assert all(binding.tap.factors() is None for binding in optimizer._bindings)
     optimizer.close()  # once more does no harm
+    with pytest.raises(RuntimeError, match="closed"):
+        optimizer.step()
     assert hooks_on(model) == 1
 
 

@@ -22,7 +22,7 @@ def to_curvlinops(
     """The block-diagonal matrix of all G ⊗ A as a linear operator of curvlinops.
 
     >>> curvature = to_curvlinops(kronecker_factors(model, loss_fn, data), model)
-    >>> product = curvature @ [torch.ones_like(p) for p in model.parameters()]
+    >>> product = curvature @ [torch.ones_like(p) for p in model.parameters()]  # all have factors
 
     Args:
         factors: Of `kronecker_factors`, with structure="dense".

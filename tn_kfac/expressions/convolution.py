@@ -155,7 +155,8 @@ def fold(
 ) -> Expression:
     """Sum of columns (n, c·K, O) over overlapping windows (col2im); shape (n, c, *output_size).
 
-    The adjoint of `unfold_input` for an input of spatial size `output_size`.
+    The adjoint of `unfold_input` for an input of spatial size `output_size`: one entry for each
+    dimension, unless another argument says how many there are.
     """
     conv = of_columns(columns, output_size, kernel_size, stride, padding, dilation)
     unfolded = conv.rows().network.arranged(("n",), ("g", "c", *conv.kernels), conv.outputs)

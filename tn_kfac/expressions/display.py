@@ -18,9 +18,13 @@ def explain(expression: Expression | Network) -> str:
     """How an expression is simplified, lowered and contracted, and what it costs.
 
     >>> print(explain(kfac_reduce.expression(x, kernel_size=3, padding=1)))
+
+    Raises:
+        TypeError: If it is no expression.
     """
     if isinstance(expression, Network):
         return _explain.explain(expression)
+    _network(expression)
     chosen = expression.plan()
     return _explain.explain(expression.network, chosen, expression.simplify)
 
@@ -41,10 +45,16 @@ def draw(
 
     Raises:
         ImportError: If matplotlib is missing.
+        TypeError: If it is no expression.
         ValueError: If a path ends in something else.
     """
     return _draw.draw(_network(expression), path, title=title, simplified=simplified)
 
 
 def _network(expression: Expression | Network) -> Network:
+    if not isinstance(expression, (Expression, Network)):
+        raise TypeError(
+            f"expression must be what `operation.expression(...)` gives, as in "
+            f"kfac_reduce.expression(x, kernel_size=3); got {type(expression).__name__}"
+        )
     return expression.network if isinstance(expression, Expression) else expression

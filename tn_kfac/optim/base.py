@@ -87,10 +87,12 @@ class KroneckerOptimizer(HookedOptimizer):
         """Update factors and parameters; returns the closure's loss, if there is one.
 
         Raises:
-            RuntimeError: If a scaler other than torch's has unscaled the gradients,
-                `curvature` should have been called, or parameters were sharded since the
-                optimizer was built.
+            RuntimeError: If the optimizer was closed, a scaler other than torch's has unscaled the
+                gradients, `curvature` should have been called, or parameters were sharded since
+                the optimizer was built.
         """
+        if self._closed:
+            raise RuntimeError("the optimizer was closed, so nothing measures curvature: build one")
         loss = None
         if closure is not None:
             with torch.enable_grad():

@@ -66,7 +66,7 @@ class HookedOptimizer(Optimizer, ABC):
         self._bindings: list[Binding] = []
         self._handles: list[RemovableHandle] = []
         self._scope = ForwardScope([])
-        self._ready = False
+        self._ready = self._closed = False
         self._dropped: set[Tensor] = set()
         sites, refused = find_sites(model, norms)
         check_patterns(self._options["structure"], [site.name for site in sites])
@@ -198,7 +198,8 @@ class HookedOptimizer(Optimizer, ABC):
         """What an optimizer itself wants to know of a batch."""
 
     def close(self) -> None:
-        """Remove every hook from the model; the optimizer must not be used afterwards."""
+        """Remove every hook from the model; the optimizer cannot step afterwards."""
+        self._closed = True
         _remove(self._handles)
         forget_compiled()
 
