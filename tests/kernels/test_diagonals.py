@@ -12,7 +12,8 @@ from torch import Tensor
 
 from tests.kernels.interpreted import DEVICE, needs_kernels, run_interpreted, run_script
 from tests.kernels.test_window_sum import axes, by_definition
-from tn_kfac.kernels.diagonals import COUNTERS, Request, diagonals, diagonals_reference
+from tn_kfac.kernels.diagonals import Request, diagonals, diagonals_reference
+from tn_kfac.kernels.diagonals_launch import COUNTERS
 from tn_kfac.tensor_network.pattern import SpatialAxis
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -136,8 +137,8 @@ from math import prod
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from tn_kfac.kernels.diagonals import _launch
-from tn_kfac.kernels.diagonals_triton import STAGES, WARPS, kernel
+from tn_kfac.kernels.diagonals_launch import planned
+from tn_kfac.kernels.diagonals_triton import PART, STAGES, WARPS, kernel
 from tn_kfac.tensor_network.pattern import SpatialAxis
 pointers = {"x": "*bf16", "v": "*bf16", "out": "*fp32", "partial": "*fp32", "counters": "*i32"}
 numbers = dict.fromkeys(("rows", "terms", "factor", "scale"), "fp32")
@@ -147,10 +148,11 @@ for channels, axes, wide in ((64, (SpatialAxis(64, 3, 1, (1, 1)),) * 2, (1, 1)),
     rows = [axis.output_size for axis in axes] or [197]
     shapes = [(8, channels, *pixels), (8, 32, *rows)]
     strides = [tuple(prod(shape[i + 1:]) for i in range(len(shape))) for shape in shapes]
-    made = _launch(shapes[0], strides[0], shapes[1], strides[1], axes, 1, True, True, wide)
-    signature = {name: "constexpr" if name in made.constants
+    made = planned(shapes[0], strides[0], shapes[1], strides[1], axes, 1, True, True, wide)
+    constants = {**made.constants, "DOT": PART}
+    signature = {name: "constexpr" if name in constants
                  else pointers.get(name) or numbers.get(name, "i32") for name in kernel.arg_names}
-    source = ASTSource(kernel, signature=signature, constexprs=made.constants)
+    source = ASTSource(kernel, signature=signature, constexprs=constants)
     options = {"num_warps": WARPS, "num_stages": STAGES}
     compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     assert ".entry" in compiled.asm["ptx"]

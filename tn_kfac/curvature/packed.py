@@ -9,7 +9,8 @@ from torch import Tensor
 
 from tn_kfac.curvature.statistics import Recipe
 from tn_kfac.kernels.available import available
-from tn_kfac.kernels.diagonals import COUNTERS, Call, Request, prepared
+from tn_kfac.kernels.diagonals import Call, Request, prepared
+from tn_kfac.kernels.diagonals_launch import COUNTERS
 from tn_kfac.layers.base import Saved
 
 KEPT = 256

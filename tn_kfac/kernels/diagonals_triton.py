@@ -177,4 +177,5 @@ WARPS, STAGES = 4, 3
 
 def prepared(programs: int, constants: Mapping[str, Any]) -> Prepared:
     """The kernel for these constants."""
-    return Prepared(kernel, programs, constants, num_warps=WARPS, num_stages=STAGES)
+    known = {**constants, "DOT": PART}
+    return Prepared(kernel, programs, known, num_warps=WARPS, num_stages=STAGES)
