@@ -149,7 +149,8 @@ def _gram(gram: Gram, term: Tensor, dtype: torch.dtype, scale: float) -> Tensor:
     if term.dtype == dtype:
         result = torch.baddbmm(term.new_empty(1, 1, 1), left, right, beta=0, alpha=scale)
     else:
-        result = multiplied(left, right, dtype).mul_(scale)
+        result = multiplied(left, right, dtype)
+        result = result if scale == 1.0 else result.mul_(scale)
     result = result.reshape(gram.shape)
     result = result.sum(tuple(range(gram.parts))) if gram.parts else result
     return result.permute(gram.order)
