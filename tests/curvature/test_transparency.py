@@ -135,3 +135,15 @@ def test_output_hooks_of_others_still_fire(digits):
     y.sum().backward()
     assert torch.equal(y, expected)
     assert tap.factors() is not None
+
+
+def test_gradient_of_a_view_is_not_copied():
+    """A linear layer of tokens returns a view: its gradient reaches the layer as it came."""
+    layer = nn.Linear(3, 4)
+    tapped(layer, dtype=torch.float32)
+    y = layer(torch.randn(2, 5, 3))
+    assert not y._is_view()
+    gradient, seen = torch.randn_like(y), []
+    y.grad_fn.next_functions[0][0].register_prehook(lambda gradients: seen.extend(gradients))
+    y.backward(gradient)
+    assert [g.data_ptr() for g in seen] == [gradient.data_ptr()]

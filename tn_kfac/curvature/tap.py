@@ -34,13 +34,14 @@ class Tap(torch.autograd.Function):
                 *tensors: Tensor) -> Tensor:  # fmt: skip
         """Return `output`; of `tensors`, save the first `count`, as the layer itself does.
 
-        The others are the probes.
+        The others are the probes. What is returned shares memory and version with `output`, but is
+        no view of it: marked as changed in place, a view (which a linear layer of tokens returns)
+        would cost four copies of its gradient.
         """
         ctx.save_for_backward(*tensors[:count])
         ctx.layer_tap = layer_tap
         ctx.samples = samples
-        ctx.mark_dirty(output)
-        return output
+        return output.detach()
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
