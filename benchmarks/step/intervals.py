@@ -4,7 +4,8 @@
 
 A step of intervals (T, T_inverse) costs, on average, plain + (factors − plain) / T + (inverses −
 factors) / T_inverse; each kind is measured apart, under bfloat16 autocast, so that no hundreds of
-steps are needed.
+steps are needed. Newton-Schulz needs as many products as much of the averages is new: its inverses
+are measured in every step, and after ten steps with new factors.
 """
 
 from __future__ import annotations
@@ -34,6 +35,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "KFAC newton-schulz, max_dim=1024": {"inverse": "newton-schulz", "max_dim": 1024},
     "EKFAC": {"ekfac": True},
 }
+STEADY, LATER = 16, 10
+"""Steps after which averages are as new as they will be; steps between later inverses."""
 INTERVALS = ((10, 100), (1, 10), (1, 1))
 NEVER = 10**9
 
@@ -69,10 +72,17 @@ def kinds(network: Network, options: dict[str, Any]) -> Row:
     def build(model: nn.Module) -> KFAC:
         return KFAC(model, lr=1e-4, T=1, T_inverse=1, warn_unsupported=False, **options)
 
+    newton = options.get("inverse") == "newton-schulz"
     training = Training(network, "amp", build, "cuda")
-    seconds(training, 2)
+    seconds(training, STEADY if newton else 2)
     torch.cuda.reset_peak_memory_stats()
     row = {"inverses": seconds(training, 3), "state": state_bytes(training.optimizer)}
+    if newton:
+        _set(training, T_inverse=lambda step: LATER)
+        seconds(training, 1)
+        row["later inverses"] = median(
+            max(seconds(training, 1) for _ in range(LATER)) for _ in range(3)
+        )
     _set(training, T_inverse=lambda step: NEVER)
     seconds(training, 2)
     row["factors"] = seconds(training, 6)
@@ -93,6 +103,8 @@ def _peak() -> int:
 def average(row: Row, T: int, T_inverse: int) -> float:
     """Seconds of a step, over many."""
     plain, factors, inverses = row["plain"], row["factors"], row["inverses"]
+    if T_inverse > 1:
+        inverses = row.get("later inverses", inverses)
     return plain + (factors - plain) / T + (inverses - factors) / T_inverse
 
 

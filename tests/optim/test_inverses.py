@@ -89,7 +89,7 @@ def test_warm_start_follows_a_moving_average(dim, scale, change, seed):
         B = (1 - change) * B + change * scale * positive(Dense(), 1, dim, seed + at + 1)
         (X,) = newton_inverse(B, X, warm_iterations(change))
     for _ in range(4):  # and catches up when it stands still
-        (X,) = newton_inverse(B, X, 2)
+        (X,) = newton_inverse(B, X, 1)
     eye = torch.eye(dim, dtype=DTYPE)
     assert torch.linalg.matrix_norm(X @ B - eye, 2).item() < 0.05
 
@@ -101,7 +101,7 @@ def test_warm_start_survives_any_jump(factor):
     (X,) = newton_inverse(B, B, COLD_ITERATIONS)
     eye = torch.eye(6, dtype=DTYPE)
     for _ in range(30):
-        (X,) = newton_inverse(factor * B, X, 2)
+        (X,) = newton_inverse(factor * B, X, 1)
         assert X.isfinite().all()
         assert (torch.linalg.eigvalsh(X) > 0).all()
         norms = torch.linalg.matrix_norm(factor * B @ X, 2)

@@ -9,6 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from tn_kfac.kernels.products import product
 from tn_kfac.structures.base import Reads, Structure
 
 
@@ -30,19 +31,19 @@ class Dense(Structure):
         return matrix.diagonal(dim1=-2, dim2=-1).sum(-1)
 
     def product(self, left: Tensor, right: Tensor) -> Tensor:
-        return left @ right
+        return product(left, right)
 
     def apply(self, matrix: Tensor, dense: Tensor) -> Tensor:
-        return matrix @ dense
+        return product(matrix, dense)
 
     def apply_transposed(self, matrix: Tensor, dense: Tensor) -> Tensor:
-        return matrix.mT @ dense
+        return product(matrix.mT, dense)
 
     def curvature(self, matrix: Tensor, statistic: Tensor) -> Tensor:
-        return matrix.mT @ statistic @ matrix
+        return product(product(matrix.mT, statistic), matrix)
 
     def gram(self, matrix: Tensor) -> Tensor:
-        return matrix.mT @ matrix
+        return product(matrix.mT, matrix)
 
     def project_gram(self, rows: Tensor) -> Tensor:
         return rows.mT @ rows

@@ -9,8 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from tn_kfac.kernels.products import multiplied
 from tn_kfac.tensor_network.primitives.arrange import sum_over
-from tn_kfac.tensor_network.products import multiplied
 from tn_kfac.tensor_network.slicing import DEFAULT_LIMIT
 
 SMALL_ROWS, MANY_GRAMS = 64, 2048

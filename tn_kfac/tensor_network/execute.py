@@ -9,13 +9,13 @@ from math import prod
 import torch
 from torch import Tensor
 
+from tn_kfac.kernels.products import HALF
 from tn_kfac.tensor_network.contract import contract, is_square
 from tn_kfac.tensor_network.lower import Primitive
 from tn_kfac.tensor_network.network import Delta, Network, Node, Ones, Operand, Window
 from tn_kfac.tensor_network.pattern import Pattern
 from tn_kfac.tensor_network.plan import Plan, einsum_equation
 from tn_kfac.tensor_network.primitives import PRIMITIVES
-from tn_kfac.tensor_network.products import HALF
 from tn_kfac.tensor_network.simplify import simplify
 from tn_kfac.tensor_network.slicing import AnyPlan, Sliced
 

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from tn_kfac.kernels.products import multiplied
 from tn_kfac.tensor_network.lower import Autocorrelation
 from tn_kfac.tensor_network.pattern import SpatialAxis
 from tn_kfac.tensor_network.primitives.arrange import Materialise, Sizes, arranged
 from tn_kfac.tensor_network.primitives.correlation import all_windows
-from tn_kfac.tensor_network.products import multiplied
 
 
 def autocorrelate(

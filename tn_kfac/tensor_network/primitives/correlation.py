@@ -23,9 +23,9 @@ from math import prod
 import torch
 from torch import Tensor
 
+from tn_kfac.kernels.products import multiplied
 from tn_kfac.tensor_network.lower.autocorrelation import FEW_CHANNELS
 from tn_kfac.tensor_network.pattern import SpatialAxis
-from tn_kfac.tensor_network.products import multiplied
 
 SPECTRUM_LIMIT = 1 << 22
 """Elements that are transformed at a time."""

@@ -5,9 +5,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tn_kfac.kernels import products
+from tn_kfac.kernels.products import HALF, multiplied, parted, product
 from tn_kfac.layers import layer_of
 from tn_kfac.layers.base import Ask
-from tn_kfac.tensor_network.products import HALF, multiplied
 
 GPU = pytest.param("cuda", marks=pytest.mark.skipif(
     not torch.cuda.is_available(), reason="needs a GPU"))  # fmt: skip
@@ -70,3 +71,43 @@ def test_factors_of_halves_are_those_of_the_same_numbers_in_float64(case, approx
         assert found.dtype == torch.float32
         tolerance = 4e-6 if device == "cpu" else 2e-5  # tensor cores cut sums off
         assert (found.double() - expected).abs().max() <= tolerance * expected.abs().max()
+
+
+@on_devices
+@given(
+    batch=st.integers(0, 3), rows=st.integers(1, 9), inner=st.integers(1, 300),
+    columns=st.integers(1, 9), spread=st.integers(0, 20), seed=st.integers(0, 99),
+)  # fmt: skip
+def test_products_of_parts_are_as_exact_as_is_said(
+    device, batch, rows, inner, columns, spread, seed
+):
+    """Whatever the sizes of entries, whose exponents bfloat16 shares with float32."""
+    torch.manual_seed(seed)
+    shapes = (rows, inner), (inner, columns)
+    left, right = (
+        (torch.randn(batch, *shape) if batch else torch.randn(shape)).to(device) for shape in shapes
+    )
+    left = left * 10.0 ** torch.randint(-spread, spread + 1, left.shape, device=device)
+    found = parted(left, right)
+    assert found.dtype == torch.float32
+    bound = 4e-5 * (left.double().abs() @ right.double().abs())
+    assert ((found.double() - left.double() @ right.double()).abs() <= bound).all()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("batch", [None, 3])
+def test_large_products_on_a_gpu_are_those_of_parts(batch):
+    shape = (2048, 2048) if batch is None else (batch, 1024, 1024)
+    left, right = (torch.randn(shape, device="cuda") for _ in range(2))
+    found = product(left.mT, right)
+    assert torch.equal(found, parted(left.mT, right))
+    bound = 4e-5 * (left.mT.double().abs() @ right.double().abs())
+    assert ((found.double() - left.mT.double() @ right.double()).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float32])
+def test_other_products_are_plain(monkeypatch, dtype):
+    """Of float64 and on a CPU, however large."""
+    monkeypatch.setattr(products, "LARGE", 1)
+    left, right = (torch.randn(130, 130, dtype=dtype) for _ in range(2))
+    assert torch.equal(product(left, right), left @ right)

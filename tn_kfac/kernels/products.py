@@ -1,0 +1,56 @@
+"""Matrix products by tensor cores, whose sums have another dtype than what is multiplied."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+HALF = (torch.float16, torch.bfloat16)
+LARGE, WIDE = 1 << 31, 128
+"""From so many products of numbers on, and no narrower, matrices are cut into parts."""
+
+
+def multiplied(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
+    """left @ right for two matrices, or two batches of them, with sums in `dtype`.
+
+    On a GPU the products of half-precision entries are formed by tensor cores: exactly, for a
+    float32 holds the product of two of them. Their float32 sums are cut off instead of rounded,
+    so they end too small: by 4e-5 of a sum of 25,000 squares, at most 7e-5 (on an H200).
+    """
+    if left.dtype == dtype:
+        return left @ right
+    if left.is_cuda and left.dtype in HALF and dtype == torch.float32:
+        product = torch.bmm if left.dim() == 3 else torch.mm
+        return product(left, right, out_dtype=dtype)
+    return left.to(dtype) @ right.to(dtype)
+
+
+def product(left: Tensor, right: Tensor) -> Tensor:
+    """left @ right; of large float32 matrices on a GPU by tensor cores, several times as fast.
+
+    a = a₁ + a₂ is cut into two bfloat16 parts, and a b = a₁ b₁ + a₁ b₂ + a₂ b₁ summed in float32.
+    An entry is off by 4e-5 of Σ |a b| at most, of a few hundred terms by 1e-6 of it (TF32: 1e-3 and
+    3e-5). Infinite entries may become NaN.
+    """
+    return parted(left, right) if _pays(left, right) else left @ right
+
+
+def parted(left: Tensor, right: Tensor) -> Tensor:
+    """The three products of parts as one, of matrices with three times as many inner entries."""
+    (a, b), (c, d) = _parts(left), _parts(right)
+    return multiplied(torch.cat([a, a, b], -1), torch.cat([c, d, c], -2), torch.float32)
+
+
+def _pays(left: Tensor, right: Tensor) -> bool:
+    if not (left.is_cuda and left.dtype == right.dtype == torch.float32):
+        return False
+    if left.dim() not in (2, 3) or left.shape[:-2] != right.shape[:-2]:
+        return False
+    sizes = (left.shape[-2], left.shape[-1], right.shape[-1])
+    return min(sizes) >= WIDE and left.numel() * right.shape[-1] >= LARGE
+
+
+def _parts(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Two bfloat16 matrices whose sum is off by 2⁻¹⁷ of an entry at most."""
+    first = matrix.to(torch.bfloat16)
+    return first, (matrix - first).to(torch.bfloat16)
