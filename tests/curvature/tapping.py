@@ -10,28 +10,32 @@ from tn_kfac.layers import Layer, layer_of
 from tn_kfac.structures import structure
 
 
-def tapped(
-    *modules: nn.Module,
+def recipe_of(
+    module: nn.Module,
     approx: Any = "expand",
     loss_average: Any = "batch",
     structures: tuple[str, str] = ("dense", "dense"),
-    dtype: torch.dtype = torch.float64,
     fisher: Any = "empirical",
-) -> LayerTap:
-    """One tap on modules that share their parameters; frozen parameters are left out."""
-    first = modules[0]
-    layer = layer_of(first)
+) -> Recipe:
+    """What is measured of a layer; frozen parameters are left out."""
+    layer = layer_of(module)
     assert isinstance(layer, Layer)
-    recipe = Recipe(
+    bias: Any = getattr(module, "bias", None)
+    weight: Any = module.weight
+    return Recipe(
         layer,
-        has_weight=first.weight.requires_grad,
-        has_bias=getattr(first, "bias", None) is not None and first.bias.requires_grad,
+        has_weight=weight.requires_grad,
+        has_bias=bias is not None and bias.requires_grad,
         approx=approx,
         loss_average=loss_average,
         structures=(structure(structures[0]), structure(structures[1])),
         fisher=fisher,
     )
-    tap = LayerTap(recipe, dtype)
+
+
+def tapped(*modules: nn.Module, dtype: torch.dtype = torch.float64, **choices: Any) -> LayerTap:
+    """One tap on modules that share their parameters; choices are those of `recipe_of`."""
+    tap = LayerTap(recipe_of(modules[0], **choices), dtype)
     for module in modules:
         module.register_forward_hook(tap, with_kwargs=True)
     return tap

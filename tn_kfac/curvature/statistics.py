@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from tn_kfac.curvature.moments import second_moments
+from tn_kfac.kernels.window_gram import window_gram
 from tn_kfac.layers.base import Ask, Layer, Saved
 from tn_kfac.structures import Dense, Diagonal, Spec, Structure
 from tn_kfac.tensor_network.rows import Approx
@@ -279,9 +280,20 @@ def _input_statistic(
         if column_of_ones:
             parts = (nn.functional.pad(part, (0, 1), value=1.0) for part in parts)
         return _projected(space, parts, K)
-    A = layer.input_factor(saved, gradient.shape, ask)
+    A = _input_factor(layer, saved, gradient, ask)
     if not column_of_ones:
         return A
     corner = gradient.new_full((layer.groups,), rows, dtype=ask.dtype)
     column = None if ask.input_diagonal else layer.input_total(saved, gradient.shape, ask)
     return space.border(A, column, corner)
+
+
+def _input_factor(layer: Layer, saved: Saved, gradient: Tensor, ask: Ask) -> Tensor:
+    """The factor of the rows: of half-precision windows by one kernel, where it runs."""
+    if ask.approx == "expand" and not ask.input_diagonal and ask.dtype == torch.float32:
+        pixels = layer.pixels(saved, gradient)
+        if pixels is not None:
+            found = window_gram(pixels[0], layer.windows(pixels[0].shape), layer.groups)
+            if found is not None:
+                return found
+    return layer.input_factor(saved, gradient.shape, ask)
