@@ -36,9 +36,18 @@ def product(left: Tensor, right: Tensor) -> Tensor:
 
 
 def parted(left: Tensor, right: Tensor) -> Tensor:
-    """The three products of parts as one, of matrices with three times as many inner entries."""
-    (a, b), (c, d) = _parts(left), _parts(right)
-    return multiplied(torch.cat([a, a, b], -1), torch.cat([c, d, c], -2), torch.float32)
+    """The three products of the parts of two matrices, or two batches of them, in float32."""
+    a, b = _parts(left)
+    c, d = (a, b) if right is left else _parts(right)
+    return _add_product(_add_product(multiplied(a, c, torch.float32), a, d), b, c)
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """total + left @ right, in place on a GPU."""
+    if not total.is_cuda:
+        return total + left.to(total.dtype) @ right.to(total.dtype)
+    add = torch.baddbmm if left.dim() == 3 else torch.addmm
+    return add(total, left, right, out_dtype=total.dtype, out=total)
 
 
 def _pays(left: Tensor, right: Tensor) -> bool:
@@ -53,4 +62,4 @@ def _pays(left: Tensor, right: Tensor) -> bool:
 def _parts(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """Two bfloat16 matrices whose sum is off by 2⁻¹⁷ of an entry at most."""
     first = matrix.to(torch.bfloat16)
-    return first, (matrix - first).to(torch.bfloat16)
+    return first, torch.sub(matrix, first, out=torch.empty_like(first))

@@ -47,7 +47,7 @@ def _place(
 
 @triton.jit
 def _products(
-    x, parts, step_n, step_1, step_2, rows, share, positions, width, groups, pairs,
+    x, parts, step_n, step_1, step_2, rows, steps, positions, width, groups, pairs,
     C: tl.constexpr, K_2: tl.constexpr, COLUMNS: tl.constexpr,
     STRIDE_1: tl.constexpr, STRIDE_2: tl.constexpr,
     DILATION_1: tl.constexpr, DILATION_2: tl.constexpr,
@@ -57,21 +57,20 @@ def _products(
     program = tl.program_id(0)
     i, j = _tiles(program % pairs)
     group = (program // pairs) % groups
-    low = (program // pairs // groups) * share
-    high = tl.minimum(low + share, rows)
+    row = (program // pairs // groups) * steps * DEPTH + tl.arange(0, DEPTH)
     left, right = i * BLOCK + tl.arange(0, BLOCK), j * BLOCK + tl.arange(0, BLOCK)
     left_place = _place(left, step_1, step_2, C, K_2, DILATION_1, DILATION_2)
     right_place = _place(right, step_1, step_2, C, K_2, DILATION_1, DILATION_2)
     total = tl.zeros((BLOCK, BLOCK), tl.float32)
-    for at in range(low, high, DEPTH):
-        row = at + tl.arange(0, DEPTH)
-        here, window = row < high, row % positions
+    for _ in range(steps):
+        here, window = row < rows, row % positions
         first = (row // positions).to(tl.int64) * step_n + group * C
         first += (window // width) * STRIDE_1 * step_1 + (window % width) * STRIDE_2 * step_2
         pixel = (x + first)[:, None]
         a = tl.load(pixel + left_place[None, :], here[:, None] & (left < COLUMNS)[None, :], 0.0)
         b = tl.load(pixel + right_place[None, :], here[:, None] & (right < COLUMNS)[None, :], 0.0)
         total = tl.dot(tl.trans(a), b, total)
+        row += DEPTH
     tile = parts + program.to(tl.int64) * (BLOCK * BLOCK)
     inside = tl.arange(0, BLOCK)
     tl.store(tile + inside[:, None] * BLOCK + inside[None, :], total)
@@ -108,12 +107,12 @@ def window_gram(x: Tensor, geometry: Geometry) -> Tensor:
     pairs = sides * (sides + 1) // 2
     rows = x.shape[0] * g.positions
     shares = max(1, min(triton.cdiv(PROGRAMS, pairs * g.groups), rows // LEAST))
-    share = triton.cdiv(triton.cdiv(rows, shares), DEPTH) * DEPTH
-    shares = triton.cdiv(rows, share)
+    steps = triton.cdiv(triton.cdiv(rows, shares), DEPTH)
+    shares = triton.cdiv(rows, steps * DEPTH)
     count = shares * g.groups * pairs
     parts = torch.empty(count * BLOCK * BLOCK, dtype=torch.float32, device=x.device)
     _products[(count,)](
-        x, parts, x.stride(0), x.stride(1), x.stride(2), rows, share, g.positions, g.width,
+        x, parts, x.stride(0), x.stride(1), x.stride(2), rows, steps, g.positions, g.width,
         g.groups, pairs, C=g.channels, K_2=g.kernel[1], COLUMNS=columns,
         STRIDE_1=g.stride[0], STRIDE_2=g.stride[1],
         DILATION_1=g.dilation[0], DILATION_2=g.dilation[1],

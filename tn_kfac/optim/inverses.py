@@ -30,6 +30,8 @@ ROOT_ITERATIONS = 30
 """Of the one for square roots, whose order is two instead of three."""
 SAFE_RADIUS = 0.95
 """Of I − B X, for Newton-Schulz to start from X as it is; it converges below 1."""
+ALONE = 1 << 22
+"""Entries of a block that keeps a GPU busy alone: such ones are not stacked, for the memory."""
 MORE_DAMPING = (1e-4, 1e-2)
 """What is added to a difficult block, relative to its mean diagonal entry: inverses of less
 damped ones would have no accurate digits in float32."""
@@ -102,10 +104,12 @@ def _exact(stack: Tensor) -> Tensor:
 def _stacked(
     function: Blockwise, arguments: Sequence[tuple[Tensor, ...]]
 ) -> list[tuple[Tensor, ...]]:
-    """`function` of the concatenated arguments, split again."""
+    """`function` of the concatenated arguments, split again; of large ones, one by one."""
     counts = [len(blocks[0]) for blocks in arguments]
     if len(counts) == 1:
         return [function(*arguments[0])]
+    if arguments[0][0][0].numel() >= ALONE:
+        return [function(*blocks) for blocks in arguments]
     joined = [torch.cat(list(parts)) for parts in zip(*arguments, strict=True)]
     return list(zip(*(part.split(counts) for part in function(*joined)), strict=True))
 
@@ -195,34 +199,33 @@ def newton_inverse(stack: Tensor, last: Tensor, iterations: int) -> tuple[Tensor
     """
     eye = torch.eye(stack.shape[-1], dtype=stack.dtype, device=stack.device)
     cold = eye / _norm(stack)
-    X, warm = (cold, False) if iterations == COLD_ITERATIONS else (last, True)
+    warm = iterations != COLD_ITERATIONS
+    X = last if warm else cold
     for at in range(iterations):
-        R = eye - product(stack, X)
-        if warm and at == 0:
-            X, series = _shrunk(X, R, eye)
-        else:
-            series = R + product(R, R)
-        X = X + product(X, series)
-        X = 0.5 * (X + X.mT)
+        R = product(stack, X).neg_()
+        R.diagonal(dim1=-2, dim2=-1).add_(1.0)
+        square = product(R, R)
+        scale, series = _shrunk(R, square) if warm and at == 0 else (1.0, R.add_(square))
+        X = product(X, series).add_(X)
+        X = torch.lerp(X, X.mT, 0.5).mul_(scale)
     diagonal = X.diagonal(dim1=-2, dim2=-1)
     lost = ~(X.isfinite().all(-1).all(-1) & (diagonal > 0).all(-1))
     X = torch.where(lost[:, None, None], cold, X)
     return (torch.where(_finite(stack), X, torch.nan),)
 
 
-def _shrunk(X: Tensor, R: Tensor, eye: Tensor) -> tuple[Tensor, Tensor]:
-    """s X, from which the iteration converges, and R' + R'² of its R' = (1 − s) I + s R.
+def _shrunk(R: Tensor, square: Tensor) -> tuple[Tensor, Tensor]:
+    """s, so that the iteration converges from s X, and R' + R'² of its R' = (1 − s) I + s R.
 
-    The powers are those of R over its largest entry, so that they are finite.
+    `square` is R², which is overwritten.
     """
-    scale = R.abs().amax((-2, -1), keepdim=True).clamp(min=torch.finfo(R.dtype).tiny)
-    r = R / scale
-    square = product(r, r)
     fourth = (square * square.mT).sum((-2, -1), keepdim=True)
-    bound = scale * fourth.clamp(min=0.0) ** 0.25
+    bound = fourth.clamp(min=0.0) ** 0.25
     s = torch.where(bound < SAFE_RADIUS, 1.0, 2.0 * SAFE_RADIUS / (1.0 + bound))
-    kept, scale = 1.0 - s, s * scale
-    return s * X, kept * (1.0 + kept) * eye + scale * (1.0 + 2.0 * kept) * r + scale**2 * square
+    kept = 1.0 - s
+    series = square.mul_(s * s).addcmul_(R, s * (1.0 + 2.0 * kept))
+    series.diagonal(dim1=-2, dim2=-1).add_((kept * (1.0 + kept))[..., 0])
+    return s, series
 
 
 def newton_root(stack: Tensor, last: Tensor) -> tuple[Tensor]:
