@@ -47,6 +47,8 @@ def cell(network: Network, mode: str, entry: Entry, plan: Plan) -> Row:
     """One optimizer on one model; what goes wrong is the row's status."""
     torch._dynamo.reset()  # or the limit of recompilations ends in eager mode
     release()
+    if mode == "graph" and (plan.device != "cuda" or entry.period != 1):
+        return {"status": "absent: a graph replays one step, on a GPU"}
     try:
         left = torch.cuda.memory_allocated() if plan.device == "cuda" else None
         training = Training(network, mode, entry.build, plan.device)
@@ -63,7 +65,7 @@ def cell(network: Network, mode: str, entry: Entry, plan: Plan) -> Row:
 
 def measure(training: Training, entry: Entry, plan: Plan) -> Row:
     """All numbers; "samples" are the seconds of single steps."""
-    for _ in range(entry.warmup(plan.warmup)):
+    for _ in range(training.eager + entry.warmup(plan.warmup)):
         training()
     steady = entry.period == 1
     count = plan.steps if steady else entry.whole(max(plan.steps, plan.average))
@@ -73,6 +75,7 @@ def measure(training: Training, entry: Entry, plan: Plan) -> Row:
         torch.cuda.reset_peak_memory_stats()
     samples = timed(training, count, plan.device)
     peak = torch.cuda.max_memory_allocated() if plan.device == "cuda" else None
+    peak = training.peak or peak
     issues = issued(training, entry.whole(ISSUES), plan.device)
     low, _, high = quantiles(samples, n=4, method="inclusive")
     row = {

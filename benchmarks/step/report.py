@@ -13,6 +13,7 @@ MODES = {
     "fp32": "float32, TF32 in convolutions only (torch's default)",
     "amp": "bfloat16 by autocast, channels_last",
     "compiled": "as amp, the model by torch.compile",
+    "graph": "as amp, the whole step captured in one CUDA graph and replayed",
 }
 LEGEND = (
     "First tables: time / peak memory of steady-state steps, of the faster SGD's (momentum 0.9), "

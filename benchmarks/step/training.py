@@ -52,6 +52,10 @@ NETWORKS: Mapping[str, Network] = {
 }
 
 
+EAGER = 20
+"""Steps before one is captured: kernels are chosen by then, and averages as new as they will be."""
+
+
 class Training:
     """A model, its optimizer and one random batch; a call is one step."""
 
@@ -70,9 +74,33 @@ class Training:
         self.images = images
         self.optimizer = build(model)
         self.model: Any = torch.compile(model) if mode == "compiled" else model
+        self.eager = EAGER if mode == "graph" else 0
+        """Steps before one is captured, if that is the mode."""
+        self.peak: int | None = None
+        """Bytes that the captured step allocates, at most."""
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._steps = 0
 
     def __call__(self) -> None:
-        """As a user's script has it."""
+        """As a user's script has it, or a replay of that."""
+        if self._graph is not None:
+            self._graph.replay()
+        elif self.eager and self._steps == self.eager:
+            self._capture()
+        else:
+            self._step()
+            self._steps += 1
+
+    def _capture(self) -> None:
+        self.optimizer.zero_grad()
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self._step()
+        self.peak, self._graph = torch.cuda.max_memory_allocated(), graph
+
+    def _step(self) -> None:
         self.optimizer.zero_grad()
         with torch.autocast(self.device, torch.bfloat16, enabled=self.half):
             loss = nn.functional.cross_entropy(self.model(self.images), self.labels)

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 
 HALF = (torch.float16, torch.bfloat16)
+ALIGNED = 8
+"""Sizes that are multiples of it: rows begin at multiples of 16 bytes."""
 LARGE, WIDE = 1 << 31, 128
 """From so many products of numbers on, and no narrower, matrices are cut into parts."""
 
@@ -39,7 +41,8 @@ def parted(left: Tensor, right: Tensor) -> Tensor:
     """The three products of the parts of two matrices, or two batches of them, in float32."""
     a, b = _parts(left)
     c, d = (a, b) if right is left else _parts(right)
-    return _add_product(_add_product(multiplied(a, c, torch.float32), a, d), b, c)
+    total = _add_product(_add_product(multiplied(a, c, torch.float32), a, d), b, c)
+    return total[..., : left.shape[-2], : right.shape[-1]]
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> Tensor:
@@ -60,6 +63,18 @@ def _pays(left: Tensor, right: Tensor) -> bool:
 
 
 def _parts(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Two bfloat16 matrices whose sum is off by 2⁻¹⁷ of an entry at most."""
-    first = matrix.to(torch.bfloat16)
-    return first, torch.sub(matrix, first, out=torch.empty_like(first))
+    """Two bfloat16 matrices whose sum is off by 2⁻¹⁷ of an entry at most.
+
+    Zeros make their sizes multiples of `ALIGNED`: with odd ones (a column for the bias), no fast
+    kernel takes them.
+    """
+    if matrix.stride(-1) != 1 and matrix.stride(-2) == 1:
+        first, second = _parts(matrix.mT)
+        return first.mT, second.mT
+    *batch, rows, columns = matrix.shape
+    sizes = [-(-size // ALIGNED) * ALIGNED for size in (rows, columns)]
+    make = matrix.new_empty if sizes == [rows, columns] else matrix.new_zeros
+    first, second = (make(*batch, *sizes, dtype=torch.bfloat16) for _ in range(2))
+    inside = first[..., :rows, :columns].copy_(matrix)
+    torch.sub(matrix, inside, out=second[..., :rows, :columns])
+    return first, second
