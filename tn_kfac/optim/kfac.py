@@ -132,6 +132,7 @@ class KFAC(OwnedOptimizer):
         norms: bool = False,
         preconditioner_dtype: Any = None,
         nesterov: bool = False,
+        average_momentum: bool = False,
         decoupled_weight_decay: bool = False,
         precondition: Literal["gradient", "momentum"] = "gradient",
         graft: Literal["sgd", "adamw"] | None = None,

@@ -111,7 +111,7 @@ def _of_adaptive(options: Group) -> list[tuple[bool, str]]:
     names, damping = options["adaptive"], options["damping"]
     moves = "lr" in names or "momentum" in names
     number = isinstance(damping, (int, float, Tensor))
-    lengths = ("nesterov", "graft", "update_rms")
+    lengths = ("nesterov", "average_momentum", "graft", "update_rms")
     return [
         (
             bool(names) and not number,
