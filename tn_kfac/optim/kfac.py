@@ -17,7 +17,7 @@ from tn_kfac.optim.averages import update_averages, update_moments
 from tn_kfac.optim.binding import Active, Binding
 from tn_kfac.optim.damping import by_inverses, in_eigenbasis, to_basis
 from tn_kfac.optim.groups import Group
-from tn_kfac.optim.inverses import Inverse, warm_iterations
+from tn_kfac.optim.inverses import EIGEN, Inverse, warm_iterations
 from tn_kfac.optim.kfac_options import OPTION_CHECKS, check_spaces, checked, damping_now
 from tn_kfac.optim.notice import Notice
 from tn_kfac.optim.owned import OwnedOptimizer
@@ -55,8 +55,10 @@ class KFAC(OwnedOptimizer):
         loss_average: What the loss averages over: "batch", "batch+sequence" or None for a sum.
         factor_decay: β of the averages A ← β A + (1 − β) Â, which are debiased.
         inverse: "eigh" keeps eigenvectors, so that damping may change at every step, and is
-            needed for damping_mode="exact" and `ekfac`. "cholesky" keeps inverses: two products
-            with a gradient instead of four. "newton-schulz" keeps inverses too and improves them
+            needed for damping_mode="exact" and `ekfac`. "qr" has them improved by one step of
+            orthogonal iteration (https://arxiv.org/abs/2409.11321), but for the first ones; meant
+            for small T_inverse. "cholesky" keeps inverses: two products with a gradient instead of
+            four. "newton-schulz" keeps inverses too and improves them
             by matrix products alone, starting from the last ones; meant for T_inverse=1 on a GPU,
             for the host reads nothing. (With exponent=1/2 it starts anew, at 30 times
             three products.)
@@ -311,7 +313,7 @@ class KFAC(OwnedOptimizer):
         if not state.get("updates"):
             return matrix
         spaces = (recipe.input_structure, recipe.output_structure)
-        if group["inverse"] != "eigh":
+        if group["inverse"] not in EIGEN:
             return by_inverses(state, matrix, spaces)
         options = (group["damping_mode"], damping_now(state, group), group["exponent"])
         return in_eigenbasis(state, matrix, spaces, *options)
