@@ -60,6 +60,7 @@ BAD: dict[str, list[tuple[Any, type[Exception]]]] = {
     "init_grad_scale": NOT_NUMBERS + NOT_POSITIVE,
     "normalize_lr_cov": NOT_FLAGS,
     "nesterov": NOT_FLAGS,
+    "average_momentum": NOT_FLAGS,
     "decoupled_weight_decay": NOT_FLAGS,
     "precondition": [("update", ValueError), (None, ValueError), (1, ValueError)],
     "exponent": [(2, ValueError), (0, ValueError), ("1", ValueError), (None, ValueError)],

@@ -12,6 +12,7 @@ from tn_kfac.optim.inverses import (
     eigen,
     inverses,
     newton_inverse,
+    orthogonal_step,
     warm_iterations,
 )
 from tn_kfac.structures import BlockDiagonal, Dense, Diagonal, Structure
@@ -181,3 +182,42 @@ def test_low_precision_is_decomposed_in_float32(method, dtype):
         assert inverse.dtype == torch.float32
         eye = torch.eye(5).expand(2, -1, -1)
         torch.testing.assert_close(inverse @ matrix.float(), eye, rtol=1e-2, atol=1e-2)
+
+
+@given(drawn)
+def test_orthogonal_step(shapes):
+    """One step from the last eigenvectors: the Q of B · last, sorted; of 30 the eigenvectors."""
+    requests = requests_of(shapes)
+    for (space, (matrix, last)), (_, basis) in zip(requests, eigen(requests, 1), strict=True):
+        for at, B in enumerate(space.to_dense(matrix)):
+            for part in torch.arange(len(B)).split(_width(space, len(B))):
+                block, Q = B[part][:, part], space.to_dense(last)[at][part][:, part]
+                order = (Q.mT @ block @ Q).diagonal().argsort(descending=True)
+                expected = torch.linalg.qr((block @ Q)[:, order]).Q
+                found = space.to_dense(basis)[at][part][:, part]
+                torch.testing.assert_close(found.abs(), expected.abs(), rtol=1e-8, atol=1e-8)
+
+
+def _width(space: Structure, dim: int) -> int:
+    """Rows of a space's blocks."""
+    return 1 if isinstance(space, Diagonal) else getattr(space, "size", dim)
+
+
+def test_orthogonal_steps_converge():
+    """However far the first ones are, and to the same eigenvalues."""
+    matrix = positive(Dense(), 2, 6, 0)
+    basis = torch.eye(6, dtype=DTYPE).expand(2, 6, 6)
+    for _ in range(2000):
+        values, basis = orthogonal_step(matrix, basis)
+    exact = torch.linalg.eigvalsh(matrix).flip(-1)
+    torch.testing.assert_close(values, exact, rtol=1e-9, atol=1e-9)
+    diagonal = basis.mT @ matrix @ basis
+    torch.testing.assert_close(diagonal, torch.diag_embed(exact), rtol=1e-6, atol=1e-6)
+
+
+def test_orthogonal_step_of_what_is_not_finite():
+    matrix = positive(Dense(), 2, 4, 0)
+    matrix[0, 1, 2] = float("nan")
+    values, basis = orthogonal_step(matrix, torch.eye(4, dtype=DTYPE).expand(2, 4, 4))
+    assert values[0].isnan().all() and basis[0].isnan().all()
+    assert values[1].isfinite().all() and basis[1].isfinite().all()

@@ -91,6 +91,34 @@ def test_the_rule(digits, inverse, exponent, mode, T, T_inverse):
             close(change, expected)
 
 
+@pytest.mark.parametrize("exponent", [1, 0.5])
+def test_eigenvectors_by_orthogonal_iteration(digits, exponent):
+    """inverse="qr": exact while most of an average is new, then a step from the last ones.
+
+    Of the last layer, whose factors tell their eigenvectors (the other's have a null space).
+    """
+    options = {"inverse": "qr", "T_inverse": 1, "damping_mode": "exact", "damping": 0.3}
+    A = G = weight = 0
+    bases: list[Tensor] = []
+    found = steps(digits, 6, exponent=exponent, factor_decay=0.8, **options)
+    for step, at, gradient, change, (a, g) in found:
+        if at == 0:
+            continue
+        A, G = 0.8 * A + 0.2 * a.T @ a / len(a), 0.8 * G + 0.2 * g.T @ g / len(g)
+        weight = 0.8 * weight + 0.2
+        factors = [A / weight, G / weight]
+        if step < 2:
+            bases = [torch.linalg.eigh(factor)[1] for factor in factors]
+        else:
+            for side, (B, Q) in enumerate(zip(factors, bases, strict=True)):
+                order = (Q.T @ B @ Q).diagonal().argsort(descending=True)
+                bases[side] = torch.linalg.qr((B @ Q)[:, order]).Q
+        Q_A, Q_G = bases
+        values = [(Q.T @ B @ Q).diagonal() for B, Q in zip(factors, bases, strict=True)]
+        whole = torch.outer(values[1], values[0]) + 0.3
+        close(change, Q_G @ (Q_G.T @ gradient @ Q_A / whole**exponent) @ Q_A.T)
+
+
 def test_damping_may_be_scheduled(digits):
     """A callable of the step, at every step, between inverses too."""
     options = {"T": 10, "T_inverse": 10, "damping_mode": "exact"}

@@ -38,7 +38,7 @@ def test_large_factors_are_split_and_said(digits, beyond, shape):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.parametrize("inverse", ["eigh", "cholesky", "newton-schulz"])
+@pytest.mark.parametrize("inverse", ["eigh", "qr", "cholesky", "newton-schulz"])
 def test_injected_factors_end_no_run(digits, inverse, value):
     """One warning names the factor; the layer keeps its last inverse, the others go on."""
     model = Mixed()
@@ -57,7 +57,7 @@ def test_injected_factors_end_no_run(digits, inverse, value):
         assert p.isfinite().all() and not torch.equal(p, before[name])
 
 
-@pytest.mark.parametrize("inverse", ["eigh", "cholesky", "newton-schulz"])
+@pytest.mark.parametrize("inverse", ["eigh", "qr", "cholesky", "newton-schulz"])
 @pytest.mark.parametrize("damping", [0.0, 1e-12])
 def test_rank_deficient_factors_end_no_run(digits, inverse, damping):
     """Two samples, and no damping to speak of."""
@@ -73,7 +73,7 @@ def test_rank_deficient_factors_end_no_run(digits, inverse, damping):
     assert all(p.isfinite().all() for p in model.parameters())
 
 
-@pytest.mark.parametrize("inverse", ["eigh", "cholesky", "newton-schulz"])
+@pytest.mark.parametrize("inverse", ["eigh", "qr", "cholesky", "newton-schulz"])
 def test_bad_curvature_changes_no_average(digits, inverse):
     """A step whose curvature is not finite leaves averages and their weight as they were."""
     model = two_layers()

@@ -18,6 +18,7 @@ from tn_kfac.optim.refresh import decompose
 
 VARIANTS = {
     "eigh": {},
+    "qr": {"inverse": "qr"},
     "cholesky": {"inverse": "cholesky"},
     "newton-schulz": {"inverse": "newton-schulz"},
     "roots": {"inverse": "newton-schulz", "exponent": 0.5},

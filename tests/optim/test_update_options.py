@@ -86,6 +86,21 @@ def test_preconditioned_momentum(digits, kind, nesterov):
 
 
 @each_kind
+@pytest.mark.parametrize("precondition", ["gradient", "momentum"])
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_averaged_momentum(digits, kind, precondition, nesterov):
+    """b ← β b + (1 − β) g from 0, of gradients or of what was preconditioned."""
+    buffers = {}
+    options = {"precondition": precondition, "nesterov": nesterov, "average_momentum": True}
+    for _, at, found in steps(digits, kind=kind, structure="dense", momentum=0.7, **options):
+        new = found["plain" if precondition == "gradient" else "g"]
+        buffers[at] = 0.7 * buffers.get(at, 0) + 0.3 * new
+        smooth = 0.3 * new + 0.7 * buffers[at] if nesterov else buffers[at]
+        plain = precondition == "gradient"
+        close(found["d"], smooth if plain else found["left"] @ smooth @ found["right"])
+
+
+@each_kind
 @pytest.mark.parametrize("structure", ["diagonal", "dense", "block4diagonal"])
 def test_length_of_sgd(digits, kind, structure):
     """graft="sgd": the direction is ours, the norm the gradient's."""
@@ -259,6 +274,8 @@ def test_callables_are_checked(digits, name, value):
 def test_grafted_adamw_has_no_nesterov():
     with pytest.raises(ValueError, match="nesterov=True"):
         SINGD(two_layers(), graft="adamw", nesterov=True)
+    with pytest.raises(ValueError, match="average_momentum=True"):
+        SINGD(two_layers(), graft="adamw", average_momentum=True)
     with pytest.raises(ValueError, match="graft='sgd' and update_rms"):
         SINGD(two_layers(), graft="sgd", update_rms=0.2)
 

@@ -228,6 +228,11 @@ class KroneckerOptimizer(HookedOptimizer):
                 "graft='adamw' has AdamW's averaged momentum, which nesterov=True would lengthen: "
                 "give one"
             )
+        if options["graft"] == "adamw" and options["average_momentum"]:
+            raise ValueError(
+                "graft='adamw' has AdamW's averaged momentum, which average_momentum=True would "
+                "average again: leave it out"
+            )
         return options
 
     def _count_update(self, state: dict[str, Any], group: Group) -> None:

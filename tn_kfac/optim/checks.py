@@ -143,6 +143,7 @@ COMMON: dict[str, Check] = {
     "momentum": lambda name, value: number(name, value, below=1.0),
     "weight_decay": number,
     "nesterov": flag,
+    "average_momentum": flag,
     "decoupled_weight_decay": flag,
     "fallback": lambda name, value: one_of(name, value, (*FALLBACKS, None)),
     "fallback_lr": lambda name, value: None if value is None else number(name, value),

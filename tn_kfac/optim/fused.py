@@ -28,7 +28,7 @@ from tn_kfac.kernels.singd import (
 from tn_kfac.optim.base import KroneckerOptimizer
 from tn_kfac.optim.binding import Active, Binding
 from tn_kfac.optim.groups import Group
-from tn_kfac.optim.rules import FALLBACKS
+from tn_kfac.optim.rules import FALLBACKS, weight_of_new
 
 KINDS = (torch.float32, torch.bfloat16, torch.float16)
 State = dict[str, Any]
@@ -156,7 +156,7 @@ class Fused:
             kinds[p.dtype, p.device].append((p, weight))
         decoupled, decay = group["decoupled_weight_decay"], group["weight_decay"]
         rule = SgdRule(
-            lr=float(group["lr"]),
+            lr=float(group["lr"]) * weight_of_new(group),
             momentum=float(group["momentum"]),
             decay=0.0 if decoupled else float(decay),
             shrink=1.0 - group["lr"] * decay if decoupled else 1.0,

@@ -16,7 +16,9 @@ from torch.nn import Parameter
 from tn_kfac.curvature import Site
 from tn_kfac.optim.rules import FALLBACK_EXTRAS
 
-COMMON_KEYS = ("lr", "momentum", "weight_decay", "nesterov", "decoupled_weight_decay")
+COMMON_KEYS = (
+    "lr", "momentum", "weight_decay", "nesterov", "average_momentum", "decoupled_weight_decay"
+)  # fmt: skip
 Group = dict[str, Any]
 
 

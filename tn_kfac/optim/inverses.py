@@ -20,7 +20,9 @@ from torch import Tensor
 from tn_kfac.kernels.products import product
 from tn_kfac.structures import Structure
 
-Inverse = Literal["eigh", "cholesky", "newton-schulz"]
+Inverse = Literal["eigh", "qr", "cholesky", "newton-schulz"]
+EIGEN = ("eigh", "qr")
+"""Those that keep eigenvectors."""
 Blockwise = Callable[..., tuple[Tensor, ...]]
 COLD_ITERATIONS = 19
 """Of Newton-Schulz from a multiple of I: enough for condition numbers up to 1e8."""
@@ -44,10 +46,19 @@ class Request(NamedTuple):
     matrices: tuple[Tensor, ...]
 
 
-def eigen(requests: Sequence[Request]) -> list[tuple[Tensor, Tensor]]:
-    """(eigenvalues (groups, d), coordinates of the eigenvectors) of the one matrix of each."""
+def eigen(
+    requests: Sequence[Request], iterations: int = COLD_ITERATIONS
+) -> list[tuple[Tensor, Tensor]]:
+    """(eigenvalues (groups, d), coordinates of the eigenvectors) of the first matrix of each.
+
+    If there is a second one, it holds the last eigenvectors, which one step improves (but for
+    COLD_ITERATIONS).
+    """
+    function: Blockwise = orthogonal_step
+    if iterations == COLD_ITERATIONS or any(len(r.matrices) == 1 for r in requests):
+        function, requests = _eigh, [r._replace(matrices=r.matrices[:1]) for r in requests]
     found = []
-    for request, parts in zip(requests, _blockwise(_eigh, requests), strict=True):
+    for request, parts in zip(requests, _blockwise(function, requests), strict=True):
         values = torch.cat([part[0].flatten(1) for part in parts], dim=-1)
         found.append((values, request.space.from_blocks([part[1] for part in parts])))
     return found
@@ -128,14 +139,36 @@ def _eigh(stack: Tensor) -> tuple[Tensor, Tensor]:
         values, vectors = torch.linalg.eigh(safe)
     except RuntimeError:  # of torch.linalg, or of the vendor's library beneath it
         values, vectors = map(torch.stack, zip(*map(_patient_eigh, safe), strict=True))
-    least = torch.finfo(values.dtype).eps * values.amax(-1, True).clamp(min=0.0)
-    values = torch.where(finite[:, None], torch.maximum(values, least), torch.nan)
-    return values, vectors.contiguous()
+    return torch.where(finite[:, None], _raised(values), torch.nan), vectors.contiguous()
 
 
 @_eigh.register_fake
 def _(stack: Tensor) -> tuple[Tensor, Tensor]:
     return torch.empty_like(stack[..., 0]), torch.empty_like(stack)
+
+
+def _raised(values: Tensor) -> Tensor:
+    """Eigenvalues, those that rounding cannot tell from zero as large as the rounding is."""
+    least = torch.finfo(values.dtype).eps * values.amax(-1, True).clamp(min=0.0)
+    return torch.maximum(values, least)
+
+
+def orthogonal_step(stack: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues and eigenvectors by one step of orthogonal iteration from the last ones.
+
+    The Q of B · last, columns by falling Rayleigh quotients, and the quotients of Q
+    (https://arxiv.org/abs/2409.11321, Algorithm 4); NaN of what is not finite.
+    """
+    if stack.shape[-1] == 1:
+        return stack[..., 0].clamp(min=0.0), torch.ones_like(stack)
+    image = product(stack, last)
+    order = (last * image).sum(-2, keepdim=True).argsort(-1, descending=True)
+    image = image.gather(-1, order.expand_as(image))
+    finite = image.isfinite().all(-1, True).all(-2, True)
+    eye = torch.eye(stack.shape[-1], dtype=stack.dtype, device=stack.device)
+    Q = torch.linalg.qr(torch.where(finite, image, eye)).Q
+    values = torch.where(finite[..., 0], (Q * product(stack, Q)).sum(-2), torch.nan)
+    return _raised(values), torch.where(finite, Q, torch.nan)
 
 
 def _patient_eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:

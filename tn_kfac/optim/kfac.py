@@ -17,7 +17,7 @@ from tn_kfac.optim.averages import update_averages, update_moments
 from tn_kfac.optim.binding import Active, Binding
 from tn_kfac.optim.damping import by_inverses, in_eigenbasis, to_basis
 from tn_kfac.optim.groups import Group
-from tn_kfac.optim.inverses import Inverse, warm_iterations
+from tn_kfac.optim.inverses import EIGEN, Inverse, warm_iterations
 from tn_kfac.optim.kfac_options import OPTION_CHECKS, check_spaces, checked, damping_now
 from tn_kfac.optim.notice import Notice
 from tn_kfac.optim.owned import OwnedOptimizer
@@ -55,11 +55,13 @@ class KFAC(OwnedOptimizer):
         loss_average: What the loss averages over: "batch", "batch+sequence" or None for a sum.
         factor_decay: β of the averages A ← β A + (1 − β) Â, which are debiased.
         inverse: "eigh" keeps eigenvectors, so that damping may change at every step, and is
-            needed for damping_mode="exact" and `ekfac`. "cholesky" keeps inverses: two products
-            with a gradient instead of four. "newton-schulz" keeps inverses too and improves them
-            by matrix products alone, starting from the last ones: three products with T_inverse=1,
-            by tensor cores on a GPU, where the host reads nothing. (With exponent=1/2 it starts
-            anew, at 30 times three products.)
+            needed for damping_mode="exact" and `ekfac`. "qr" has them improved by one step of
+            orthogonal iteration (https://arxiv.org/abs/2409.11321), but for the first ones; meant
+            for small T_inverse. "cholesky" keeps inverses: two products with a gradient instead of
+            four. "newton-schulz" keeps inverses too and improves them by matrix products alone,
+            starting from the last ones: three products with T_inverse=1, by tensor cores on a
+            GPU, where the host reads nothing. (With exponent=1/2 it starts anew, at 30 times
+            three products.)
         damping_mode: "factored" adds π√λ to A and √λ/π to G, "each" λ to both, "exact" λ to
             the eigenvalues of G ⊗ A. By default "factored"; "exact" for `ekfac`.
         exponent: 1 for the natural gradient, or 1/2 for inverse square roots.
@@ -132,6 +134,7 @@ class KFAC(OwnedOptimizer):
         norms: bool = False,
         preconditioner_dtype: Any = None,
         nesterov: bool = False,
+        average_momentum: bool = False,
         decoupled_weight_decay: bool = False,
         precondition: Literal["gradient", "momentum"] = "gradient",
         graft: Literal["sgd", "adamw"] | None = None,
@@ -310,7 +313,7 @@ class KFAC(OwnedOptimizer):
         if not state.get("updates"):
             return matrix
         spaces = (recipe.input_structure, recipe.output_structure)
-        if group["inverse"] != "eigh":
+        if group["inverse"] not in EIGEN:
             return by_inverses(state, matrix, spaces)
         options = (group["damping_mode"], damping_now(state, group), group["exponent"])
         return in_eigenbasis(state, matrix, spaces, *options)

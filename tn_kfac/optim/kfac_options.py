@@ -14,6 +14,7 @@ from tn_kfac.optim.adaptive import ADAPTIVE
 from tn_kfac.optim.binding import Binding
 from tn_kfac.optim.damping import Damping
 from tn_kfac.optim.groups import Group
+from tn_kfac.optim.inverses import EIGEN
 from tn_kfac.structures import Dense, Limited, Structure
 
 
@@ -43,7 +44,7 @@ OPTION_CHECKS: dict[str, checks.Check] = {
     "T_inverse": checks.intervals,
     "lag": lambda name, value: checks.interval(name, value, least=0),
     "factor_decay": lambda name, value: checks.number(name, value, below=1.0),
-    "inverse": lambda n, v: checks.one_of(n, v, ("eigh", "cholesky", "newton-schulz")),
+    "inverse": lambda n, v: checks.one_of(n, v, ("eigh", "qr", "cholesky", "newton-schulz")),
     "damping_mode": lambda n, v: checks.one_of(n, v, (None, "factored", "each", "exact")),
     "ekfac": lambda n, v: checks.one_of(n, v, (False, True, "exact", "ema")),
     "stagger": checks.flag,
@@ -71,9 +72,9 @@ def _conflicts(options: Group) -> list[tuple[bool, str]]:
     pair, interval = isinstance(options["damping"], (tuple, list)), options["T_inverse"]
     return [
         (
-            mode == "exact" and inverse != "eigh",
+            mode == "exact" and inverse not in EIGEN,
             f"damping_mode='exact' (of ekfac={ekfac!r}) needs eigenvalues, got "
-            f"inverse={inverse!r}: choose inverse='eigh'",
+            f"inverse={inverse!r}: choose inverse='eigh' or 'qr'",
         ),
         (
             bool(ekfac) and mode != "exact",
@@ -111,7 +112,7 @@ def _of_adaptive(options: Group) -> list[tuple[bool, str]]:
     names, damping = options["adaptive"], options["damping"]
     moves = "lr" in names or "momentum" in names
     number = isinstance(damping, (int, float, Tensor))
-    lengths = ("nesterov", "graft", "update_rms")
+    lengths = ("nesterov", "average_momentum", "graft", "update_rms")
     return [
         (
             bool(names) and not number,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tn_kfac.optim.damping import Damping, Mode, from_basis, shifts
-from tn_kfac.optim.inverses import Inverse, Request, eigen, inverses
+from tn_kfac.optim.inverses import EIGEN, Inverse, Request, eigen, inverses
 from tn_kfac.optim.notice import Notice
 from tn_kfac.structures import Structure
 
@@ -40,7 +40,10 @@ class Layer(NamedTuple):
 
 
 class How(NamedTuple):
-    """How factors are damped and inverted; iterations are those of Newton-Schulz."""
+    """How factors are damped and inverted.
+
+    Iterations are those of Newton-Schulz; of "qr" they only tell whether all is new.
+    """
 
     inverse: Inverse
     mode: Mode
@@ -59,8 +62,8 @@ class Task(NamedTuple):
     how: How
     layers: tuple[Layer, ...]
     requests: list[Request]
-    """Of A and G of each layer. Newton-Schulz reads the last inverses in the states; what else is
-    here is a copy of theirs."""
+    """Of A and G of each layer. "newton-schulz" and "qr" read the last inverses and eigenvectors in
+    the states; what else is here is a copy of theirs."""
     fits: list[Tensor]
     """Whether a layer's averages hold anything, (1)."""
 
@@ -77,8 +80,8 @@ def tasks(due: Sequence[tuple[Layer, Damping, How]]) -> list[Task]:
     found = []
     for how, pairs in together.items():
         layers, dampings = zip(*pairs, strict=True)
-        eigen = how.inverse == "eigh"
-        requests = _averages(layers) if eigen else _damped(layers, dampings, how)
+        eigen = how.inverse in EIGEN
+        requests = _averages(layers, how) if eigen else _damped(layers, dampings, how)
         fits = [layer.state["weight"] > 0 for layer in layers]
         found.append(Task(how, layers, requests, fits))
     return found
@@ -86,8 +89,8 @@ def tasks(due: Sequence[tuple[Layer, Damping, How]]) -> list[Task]:
 
 def decompose(requests: Sequence[Request], how: How) -> Found:
     """Decompose all factors; states are neither read nor changed."""
-    if how.inverse == "eigh":
-        parts: list[tuple[Tensor, ...]] = list(eigen(requests))
+    if how.inverse in EIGEN:
+        parts: list[tuple[Tensor, ...]] = list(eigen(requests, how.iterations))
     else:
         parts = [(inverse,) for inverse in inverses(requests, *how.inversion)]
     return [(part, finite(part)) for part in parts]
@@ -146,7 +149,7 @@ def new_state(
     groups, state = layer.state["A"].shape[0], {}
     for side, space, dim, dtype in zip(SIDES, layer.spaces, layer.dims, dtypes, strict=True):
         eye = space.eye(groups, dim, dtype, device)
-        if inverse == "eigh":
+        if inverse in EIGEN:
             state[f"{side}_values"] = torch.ones(groups, dim, dtype=dtype, device=device)
             state[f"{side}_basis"] = eye
         else:
@@ -164,10 +167,14 @@ def _squared_overlap(space: Structure, new: Tensor, old: Tensor) -> Tensor:
     return space.from_blocks([(left.mT @ right).square() for left, right in pairs])
 
 
-def _averages(layers: Sequence[Layer]) -> list[Request]:
-    return [
-        Request(layer.spaces[side], (layer.average(side),)) for layer in layers for side in (0, 1)
-    ]
+def _averages(layers: Sequence[Layer], how: How) -> list[Request]:
+    """The factors, and the last eigenvectors where these are improved."""
+    requests = []
+    for layer in layers:
+        for side, space in enumerate(layer.spaces):
+            last = () if how.inverse == "eigh" else (layer.state[f"{SIDES[side]}_basis"],)
+            requests.append(Request(space, (layer.average(side), *last)))
+    return requests
 
 
 def _damped(layers: Sequence[Layer], dampings: Sequence[Damping], how: How) -> list[Request]:

@@ -18,6 +18,11 @@ State = MutableMapping[str, Any]
 Rule = Callable[[Sequence[Tensor], Sequence[Tensor], Sequence[State], dict[str, Any]], None]
 
 
+def weight_of_new(group: dict[str, Any]) -> float:
+    """How a sum of gradients, momentum's buffer, is scaled: 1, or to be an average of them."""
+    return 1.0 - group["momentum"] if group.get("average_momentum") else 1.0
+
+
 def sgd(
     params: Sequence[Tensor],
     directions: Sequence[Tensor],
@@ -29,6 +34,7 @@ def sgd(
     With `nesterov`, p follows direction + momentum · b. Decoupled weight decay is no part of b:
     p ← (1 − lr · weight_decay) p first. Where the momentum is preconditioned, directions
     have it already; where AdamW is grafted, b is an average, as its first moment is.
+    With `average_momentum`, p follows (1 − momentum) times that.
     """
     ready = group.get("precondition") == "momentum"
     momentum = 0.0 if ready else group["momentum"]
@@ -44,7 +50,7 @@ def sgd(
         has_sparse_grad=any(d.is_sparse for d in directions),
         weight_decay=coupled,
         momentum=momentum,
-        lr=group["lr"],
+        lr=group["lr"] * (1.0 if ready else weight_of_new(group)),
         dampening=momentum if group.get("graft") == "adamw" else 0.0,
         nesterov=momentum > 0 if group["nesterov"] else False,
         maximize=False,

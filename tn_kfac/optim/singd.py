@@ -92,6 +92,8 @@ class SINGD(FusedOptimizer):
             loss scaling is undone exactly.
         normalize_lr_cov: Divide `lr_cov` by max(1, max|m|).
         nesterov: Nesterov's momentum, as in `torch.optim.SGD`.
+        average_momentum: Momentum is an average, b ← momentum · b + (1 − momentum) g from 0, as
+            in Adam, instead of a sum: so a rate does not depend on it.
         decoupled_weight_decay: Shrink parameters by 1 − lr · weight_decay before the step, as in
             AdamW, instead of adding the decay to the direction.
         precondition: "gradient", whose momentum is taken afterwards, or "momentum".
@@ -153,6 +155,7 @@ class SINGD(FusedOptimizer):
         norms: bool = False,
         structures: tuple[StructureLike, StructureLike] | None = None,
         nesterov: bool = False,
+        average_momentum: bool = False,
         decoupled_weight_decay: bool = False,
         precondition: Literal["gradient", "momentum"] = "gradient",
         exponent: float = 1,
@@ -185,6 +188,7 @@ class SINGD(FusedOptimizer):
             "preconditioner_dtype": preconditioner_dtype,
             "normalize_lr_cov": normalize_lr_cov,
             "nesterov": nesterov,
+            "average_momentum": average_momentum,
             "decoupled_weight_decay": decoupled_weight_decay,
             "precondition": precondition,
             "exponent": exponent,

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tn_kfac.optim.rules import weight_of_new
 from tn_kfac.optim.sharded import own, total
 
 State = MutableMapping[str, Any]
@@ -72,7 +73,10 @@ def _product(direction: Tensor, gradient: Tensor) -> Tensor:
 
 
 def smoothed(gradient: Tensor, state: State, group: Group) -> Tensor:
-    """b ← momentum · b + g; the buffer b, or g + momentum · b if `nesterov`."""
+    """b ← momentum · b + g; the buffer b, or g + momentum · b if `nesterov`.
+
+    With `average_momentum`, 1 − momentum times that.
+    """
     momentum = group["momentum"]
     if not momentum:
         return gradient
@@ -81,4 +85,5 @@ def smoothed(gradient: Tensor, state: State, group: Group) -> Tensor:
         buffer = state["momentum_buffer"] = gradient.detach().clone()
     else:
         buffer.mul_(momentum).add_(gradient)
-    return gradient + momentum * buffer if group["nesterov"] else buffer
+    found = gradient + momentum * buffer if group["nesterov"] else buffer
+    return found * weight_of_new(group) if group.get("average_momentum") else found

@@ -16,7 +16,7 @@ from tn_kfac.optim.binding import Binding
 from tn_kfac.optim.inverses import COLD_ITERATIONS
 from tn_kfac.optim.owners import costs, owners
 
-FLOPS = {"eigh": 9, "cholesky": 1, "newton-schulz": 4 * COLD_ITERATIONS}
+FLOPS = {"eigh": 9, "qr": 7, "cholesky": 1, "newton-schulz": 4 * COLD_ITERATIONS}
 """Of a decomposition, for each b³ (Golub and Van Loan, Matrix Computations, Sections 8.3 and 4.2);
 of Newton-Schulz from a multiple of I, after which a few iterations do."""
 META = torch.device("meta")
