@@ -48,20 +48,9 @@ class KroneckerOptimizer(HookedOptimizer):
         "warmup": lambda name, value: checks.interval(name, value, least=0),
     }
 
-    @property
-    def sharing(self) -> Any:
-        """What ranks send each other beside statistics: nothing."""
-        return False
-
     @abstractmethod
     def _new_state(self, binding: Binding, group: Group, device: torch.device) -> dict[str, Any]:
         """Fresh factors of a layer."""
-
-    def _fresh(
-        self, binding: Binding, state: dict[str, Any], group: Group, device: torch.device
-    ) -> dict[str, Any]:
-        """What of it is for inverses; the owner of a layer may keep it alone."""
-        return {}
 
     @abstractmethod
     def _update_factors(

@@ -6,7 +6,6 @@ both give the same up to rounding.
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
@@ -25,10 +24,10 @@ from tn_kfac.kernels.singd import (
     unchanged,
     update_factors,
 )
-from tn_kfac.optim.base import KroneckerOptimizer
 from tn_kfac.optim.binding import Active, Binding
 from tn_kfac.optim.groups import Group
 from tn_kfac.optim.rules import FALLBACKS
+from tn_kfac.optim.shared_updates import SharedUpdates
 
 KINDS = (torch.float32, torch.bfloat16, torch.float16)
 State = dict[str, Any]
@@ -208,14 +207,10 @@ def _last(p: Tensor) -> torch.memory_format:
     return torch.channels_last if p.dim() == 4 else torch.channels_last_3d
 
 
-class FusedOptimizer(KroneckerOptimizer):
+class FusedOptimizer(SharedUpdates):
     """An optimizer that updates and uses diagonal factors as SINGD does, at once where it can."""
 
     _fused: Fused
-
-    @abstractmethod
-    def _beta(self, state: State, group: Group) -> float:
-        """The step size of a layer's factors now."""
 
     def _take_in(self, measured: Sequence[Active], scale: Tensor | None) -> None:
         """All layers that `Fused` knows at once, the others one after another."""

@@ -68,9 +68,10 @@ def share(taps: Iterable[LayerTap], group: Group) -> None:
 def from_owners(parts: Sequence[tuple[int | None, Tensor]], group: Group) -> list[Tensor]:
     """Each tensor as its owner has it: one message from each, for each dtype and device.
 
-    Every rank must call it with the same owners and shapes. Tensors whose owner is None are
-    returned as they are.
+    Every rank must call it with the same owners and shapes; what a rank holds of another one's is
+    not read. Its own tensors, and those whose owner is None, are returned as they are.
     """
+    rank = rank_in(group)
     messages: dict[tuple[int, torch.dtype, torch.device], list[int]] = defaultdict(list)
     for at, (owner, tensor) in enumerate(parts):
         if owner is not None:
@@ -78,14 +79,18 @@ def from_owners(parts: Sequence[tuple[int | None, Tensor]], group: Group) -> lis
     held = [tensor for _, tensor in parts]
     sent = []
     for (owner, *_), places in messages.items():
-        flat = torch.cat([held[at].reshape(-1) for at in places])
+        sizes = [held[at].numel() for at in places]
+        if owner == rank:
+            flat = torch.cat([held[at].reshape(-1) for at in places])
+        else:
+            flat = held[places[0]].new_empty(sum(sizes))
         source = owner if group is None else distributed.get_global_rank(group, owner)
-        sent.append((places, flat, distributed.broadcast(flat, source, group, async_op=True)))
-    for places, flat, work in sent:
+        work = distributed.broadcast(flat, source, group, async_op=True)
+        sent.append((() if owner == rank else places, sizes, flat, work))
+    for places, sizes, flat, work in sent:
         if work is not None:
             work.wait()
-        sizes = [held[at].numel() for at in places]
-        for at, part in zip(places, flat.split(sizes), strict=True):
+        for at, part in zip(places, flat.split(sizes), strict=False):
             held[at] = part.view(held[at].shape)
     return held
 
