@@ -131,7 +131,7 @@ def cells(row: Row) -> tuple[str, ...]:
         size(row["broadcast_bytes_per_step"]),
         size(row["factor_bytes"]),
         size(row["inverse_bytes"]),
-        f"{row['owned_flops'] / 1e12:.3g} T" if row["owned_flops"] else "-",
+        work(row["owned_flops"]),
         f"{row['owned_share']:.2%}" if row["owned_share"] else "-",
     )
 
@@ -142,6 +142,13 @@ def size(count: float) -> str:
         return "-"
     large = count >= 1000 * 2**20
     return f"{count / 2**30:.3g} GiB" if large else f"{count / 2**20:.3g} MiB"
+
+
+def work(flops: int) -> str:
+    """Tera or giga FLOPs."""
+    if not flops:
+        return "-"
+    return f"{flops / 1e12:.3g} T" if flops >= 1e11 else f"{flops / 1e9:.3g} G"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

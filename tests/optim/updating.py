@@ -4,6 +4,8 @@ import copy
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import patch
 
 import torch
 from fsdp import Grouped, full
@@ -15,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from tn_kfac import SINGD
 from tn_kfac.optim import singd
+from tn_kfac.optim.ranks import Sums
 
 OPTIONS = {"lr": 0.05, "T": 1, "lr_cov": 0.1, "structure": "dense", "warn_unsupported": False}
 CASES = {
@@ -108,6 +111,28 @@ def spoiled(rank: int, ranks: int) -> float:
     return max(apart(p, q) for p, q in zip(*from_all(own, ranks), strict=True)) if finite else 1.0
 
 
+def overlapped(rank: int, ranks: int) -> float:
+    """Whether factors are updated before the last statistics have arrived, all begun at first."""
+    _, wrapped, optimizer, *_ = pair(rank, build=build, share_updates=False)
+    optimizer._sums = Sums(1)
+    happened, call, update = [], distributed.all_reduce, singd.update_factor
+
+    def noting(*args, **kwargs):
+        happened.append("begun")
+        work = call(*args, **kwargs)
+        return SimpleNamespace(wait=lambda: happened.append("arrived") or work.wait())
+
+    x, y = (part[4 * rank : 4 * rank + 4] for part in batch(0))
+    backward(wrapped, optimizer, x, y, 1.0, "mean")
+    with patch.object(distributed, "all_reduce", noting):
+        singd.update_factor = lambda *given: happened.append("updated") or update(*given)
+        optimizer.step()
+        singd.update_factor = update
+    layers = len(optimizer._bindings)
+    expected = ["begun"] * layers + ["arrived", "updated", "updated"] * layers
+    return 0.0 if happened == expected else 1.0
+
+
 def refused(rank: int, ranks: int) -> float:
     """Whether a schedule that fails does so on all ranks, in the same step."""
     _, wrapped, optimizer, *_ = pair(rank, build=build, lr_cov=lambda step: -1.0)
@@ -152,6 +177,7 @@ def trials(rank: int, ranks: int, _: Path) -> dict[str, Callable[[], float]]:
     found["factors, param groups"] = lambda: in_groups(rank)
     found["factors, shares"] = lambda: shares(rank, ranks)
     found["factors, spoiled"] = lambda: spoiled(rank, ranks)
+    found["factors, overlapped"] = lambda: overlapped(rank, ranks)
     found["factors, refused"] = lambda: refused(rank, ranks)
     found["factors, resumed"] = lambda: resumed(rank, ranks)
     found["factors, resumed alone"] = lambda: resumed(rank, ranks, share_updates=False)

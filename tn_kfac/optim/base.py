@@ -20,7 +20,7 @@ from tn_kfac.optim.binding import Active, Binding
 from tn_kfac.optim.groups import Group
 from tn_kfac.optim.hooked import HookedOptimizer
 from tn_kfac.optim.measured import check_measured
-from tn_kfac.optim.ranks import ranks_of, share
+from tn_kfac.optim.ranks import ranks_of
 from tn_kfac.optim.rules import FALLBACKS, sgd
 from tn_kfac.optim.scaling import found_inf, unscale
 from tn_kfac.optim.sharded import check_same, own, write
@@ -96,6 +96,7 @@ class KroneckerOptimizer(HookedOptimizer):
             due = [self._is_ready(layer) for layer in active]
             measured = [layer for layer, ready in zip(active, due, strict=True) if ready]
             self._take_in(measured, scale)
+            self._sums.end()
             self._refresh(active)
             self._step_layers(active, [ready is not False for ready in due])
         self._clear()
@@ -127,10 +128,10 @@ class KroneckerOptimizer(HookedOptimizer):
         return {p: number for number, g in enumerate(self.param_groups) for p in g["params"]}
 
     def _share(self, active: Sequence[Active]) -> None:
-        """Sum the statistics of the layers that are due over all ranks."""
+        """Begin to sum the statistics of the layers that are due over all ranks."""
         if ranks_of(self._process_group) > 1:
             taps = [layer.binding.tap for layer in active if self._is_due(layer)]
-            share([tap for tap in taps if tap.probes], self._process_group)
+            self._sums.begin([tap for tap in taps if tap.probes], self._process_group)
 
     def _is_due(self, layer: Active) -> bool:
         """Whether the next step updates the factors of a layer."""
@@ -149,6 +150,7 @@ class KroneckerOptimizer(HookedOptimizer):
     def _take_in(self, measured: Sequence[Active], scale: Tensor | None) -> None:
         """Update the factors of layers that were measured, of a loss times `scale`."""
         for binding, group, state, _ in measured:
+            self._sums.arrive(binding.tap)
             found = binding.tap.measured()
             assert found is not None
             if scale is not None and binding.tap.recipe.fisher == "empirical":

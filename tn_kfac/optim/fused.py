@@ -222,6 +222,7 @@ class FusedOptimizer(SharedUpdates):
             if starts or not self._fused.takes_factors(binding, state):
                 rest.append(layer)
                 continue
+            self._sums.arrive(binding.tap)
             time = (numbers[0], state["step"])
             if time not in betas:
                 betas[time] = self._beta(state, group)

@@ -1,9 +1,11 @@
 """Factor updates shared out over ranks: each updates those of some layers, and all get all.
 
-An update of a dense factor takes a few products of d×d matrices, however many ranks see the data,
-and every rank would find the same. What is sent in return are the new factors with their momenta,
-in one message from each rank, so that all ranks go on with the same state, and any of them can
-save it. Layers whose factors are diagonal are everybody's: they take one launch together.
+An update of a dense factor of d rows takes some 8 d³ operations, however many ranks see the data,
+and every rank would find the same. What is sent in return are the new factor and its momentum, 8 d²
+bytes of float32: a byte for d operations. So all ranks go on with the same state, and any of them
+can save it. Other structures have fewer operations for a byte, but small calls that take longer
+than what they send. Layers whose factors are diagonal are everybody's: on a GPU all of them take
+one launch together, less time than a message.
 """
 
 from __future__ import annotations
@@ -30,8 +32,8 @@ projected in the backward pass."""
 
 
 CALLS = 2**30
-"""What the some 200 small calls of a layer's update count beside these products: on a GPU they take
-the host as long as multiply-adds of this order take the GPU."""
+"""What the small calls of a layer's update count beside these products. They take 0.5 to 3 ms on
+one core, for which time is that of 2²⁵ multiply-adds on that core, and of 2³⁴ on a large GPU."""
 
 
 def price(recipe: Recipe) -> int:
@@ -51,13 +53,17 @@ def update_cost(recipe: Recipe) -> int:
         return 0
     shapes, dims = recipe.shapes()[:2], (recipe.dim_in, recipe.dim_out)
     return sum(
-        groups * PRODUCTS[space.reads] * (prod(coordinates) ** 2 // dim)
+        groups * PRODUCTS[space.reads] * (prod(coordinates) ** 2 // max(dim, 1))
         for space, (groups, *coordinates), dim in zip(spaces, shapes, dims, strict=True)
     )
 
 
 class SharedUpdates(OwnedOptimizer):
-    """An optimizer whose factors may be updated by one rank for all."""
+    """An optimizer whose factors may be updated by one rank for all.
+
+    What such a step sends, and when, does not depend on values, and checks that may fail are made
+    on all ranks: none waits for one that has raised.
+    """
 
     @abstractmethod
     def _beta(self, state: State, group: Group) -> float:

@@ -175,8 +175,8 @@ def _(optimizer: KFAC, binding: Binding, group: Options) -> _Held:
     ]
     factors = _bytes(v for k, v in state.items() if k.removeprefix(BESIDE) not in inverse)
     if optimizer.sharing == "gradients":
-        price, flops, kept, *_ = map(sum, zip(*found, strict=True))
-        found = [_Work(price, flops, kept, _direction(binding), 1)]
+        cubes, flops, kept, *_ = map(sum, zip(*found, strict=True))
+        found = [_Work(cubes, flops, kept, _direction(binding), 1)]
     return _Held(factors, found)
 
 
