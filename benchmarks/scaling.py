@@ -68,6 +68,9 @@ OPTIMIZERS: dict[str, Callable[[nn.Module], KroneckerOptimizer]] = {
     "SINGD dense, not shared": lambda model: SINGD(
         model, T=INTERVALS["T"], structure="dense", share_updates=False
     ),
+    "SINGD dense, gradients sent": lambda model: SINGD(
+        model, T=INTERVALS["T"], structure="dense", share_updates="gradients"
+    ),
     "SINGD block30diagonal": lambda model: SINGD(
         model, T=INTERVALS["T"], structure="block30diagonal"
     ),
@@ -99,13 +102,14 @@ def markdown(found: Sequence[Row]) -> str:
         f"Factors in float32, new ones every {INTERVALS['T']} steps, inverses every "
         f"{INTERVALS['T_inverse']}; KFAC's factors beyond 8,192 rows are split into blocks. Bytes "
         "per step are averages over these intervals, of messages as they are handed to the "
-        "network. A rank's own are those of the rank that has most. Shared work is what that rank "
-        "does of what can be shared out, in FLOPs, whenever it is due: decompositions, by 9 b³ for "
-        "a block of b rows, or the matrix products of SINGD's updates. "
+        "network. Of owners is what they may keep for themselves, inverses or SINGD's factors; of "
+        "the rank that has most. Shared work is what that rank does of what can be shared out, in "
+        "FLOPs, whenever it is due: decompositions, by 9 b³ for a block of b rows, or the matrix "
+        "products of SINGD's updates. "
         "`benchmarks/scaling.py` wrote this page; bytes and states equal those of real runs on two "
         "processes exactly (`tests/optim/sharing.py`).",
     ]
-    head = ("optimizer", "ranks", "statistics a step", "broadcast a step", "factors", "inverses",
+    head = ("optimizer", "ranks", "statistics a step", "broadcast a step", "factors", "of owners",
             "shared work", "share")  # fmt: skip
     for name in dict.fromkeys(row["model"] for row in found):
         of_model = [row for row in found if row["model"] == name]
@@ -130,7 +134,7 @@ def cells(row: Row) -> tuple[str, ...]:
         size(row["statistics_bytes_per_step"]),
         size(row["broadcast_bytes_per_step"]),
         size(row["factor_bytes"]),
-        size(row["inverse_bytes"]),
+        size(row["owned_bytes"]),
         work(row["owned_flops"]),
         f"{row['owned_share']:.2%}" if row["owned_share"] else "-",
     )

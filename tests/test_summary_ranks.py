@@ -17,7 +17,7 @@ def test_one_rank_sends_nothing():
     found = rank_costs(KFAC(layers()), 1)
     assert found.statistics_bytes == found.broadcast_bytes == 0
     assert found.factor_bytes == 4 * (49 + 16 + 16 + 4) + 2 * 4  # two weights of averages
-    assert found.inverse_bytes == 4 * (49 + 16 + 16 + 4 + 7 + 4 + 4 + 2)
+    assert found.owned_bytes == 4 * (49 + 16 + 16 + 4 + 7 + 4 + 4 + 2)
     assert found.owned_flops == 9 * (7**3 + 4**3 + 4**3 + 2**3)
     assert found.owned_share == 1.0
 
@@ -28,15 +28,15 @@ def test_shares_of_two_ranks():
     numbers = 49 + 16 + 16 + 4 + 2 * 2  # two counts a layer
     assert found.statistics_bytes == 4 * numbers
     assert found.statistics_bytes_per_step == 2 * numbers
-    assert found.broadcast_bytes == found.inverse_bytes
-    assert found.broadcast_bytes_per_step == pytest.approx(found.inverse_bytes / 10)
+    assert found.broadcast_bytes == found.owned_bytes
+    assert found.broadcast_bytes_per_step == pytest.approx(found.owned_bytes / 10)
     assert found.owned_share == pytest.approx(7**3 / (7**3 + 2 * 4**3 + 2**3))
 
 
 def test_owners_send_gradients():
     """Each rank keeps its layers' inverses, and sends their preconditioned gradients each step."""
     found = rank_costs(KFAC(layers(), share_inverses="gradients", T_inverse=10), 2)
-    assert found.inverse_bytes == 4 * (49 + 16 + 7 + 4)
+    assert found.owned_bytes == 4 * (49 + 16 + 7 + 4)
     assert found.broadcast_bytes == found.broadcast_bytes_per_step == 4 * (4 * 7 + 2 * 4)
 
 
@@ -50,7 +50,7 @@ def test_singd_has_no_inverses(structure):
     assert found.factor_bytes == 2 * 4 * size
     assert found.statistics_bytes == 4 * (size + 4)
     assert found.statistics_bytes_per_step == size + 4
-    assert found.inverse_bytes == 0
+    assert found.owned_bytes == 0
     if structure == "diagonal":
         assert found.broadcast_bytes == found.owned_flops == found.owned_share == 0
     else:

@@ -14,7 +14,7 @@ from tn_kfac.optim.owners import owners
 def test_shared_is_one_process(tmp_path, ranks):
     """Parameters, for all ways of sharing; who computes and keeps what; messages; resumed runs."""
     said = launch("sharing.py", ranks, tmp_path)
-    assert len(said[0]) == {2: 50, 4: 8}[ranks]
+    assert len(said[0]) == {2: 61, 4: 10}[ranks]
     wrong = {
         trial: [found[trial] for found in said]
         for trial in said[0]
@@ -38,6 +38,7 @@ def test_owners_by_cost():
         (KFAC, {"share_inverses": "gradients"}),
         (SINGD, {"share_updates": False}),
         (SINGD, {"share_updates": "factors"}),
+        (SINGD, {"share_updates": "gradients"}),
     ],
 )
 def test_one_process_shares_nothing(digits, kind, options):
@@ -55,7 +56,14 @@ def test_one_process_shares_nothing(digits, kind, options):
 @pytest.mark.parametrize(
     "options", [{"ekfac": "ema"}, {"ekfac": "exact"}, {"lag": 1}, {"share_inverses": True}]
 )
-def test_refused(options):
+def test_inverses_refused(options):
     """What needs all inverses on all ranks."""
     with pytest.raises(ValueError, match="share_inverses"):
         KFAC(two_layers(), **({"share_inverses": "gradients"} | options))
+
+
+@pytest.mark.parametrize("structure", ["block2diagonal", ("dense", "triltoeplitz"), "auto1000"])
+def test_factors_refused(structure):
+    """Structures that read rows need all factors on all ranks."""
+    with pytest.raises(ValueError, match=r"share_updates='gradients'.*layer '1'.*structure='"):
+        SINGD(two_layers(), structure=structure, share_updates="gradients")

@@ -37,7 +37,7 @@ def build(model: nn.Module, **options) -> SINGD:
 def run(rank: int, ranks: int, **how) -> float:
     """How far parameters and factors are from one process; 1 if not from ranks without sharing."""
     model, wrapped, optimizer, twin, oracle = pair(rank, build=build, **how)
-    other, parallel, unshared, *_ = pair(rank, build=build, share_updates=False, **how)
+    other, parallel, unshared, *_ = pair(rank, build=build, **(how | {"share_updates": False}))
     size = 8 // ranks
     for at in range(4):
         step(wrapped, optimizer, at, slice(size * rank, size * (rank + 1)))
@@ -46,9 +46,10 @@ def run(rank: int, ranks: int, **how) -> float:
     off = []
     for p, same, q in zip(*(m.parameters() for m in (model, other, twin)), strict=True):
         off += [apart(full(p), q), float(not torch.equal(full(p), full(same)))]
-        if oracle.state[q].get("updates"):
+        if "K" in optimizer.state[p]:
             both = zip(factors_of(optimizer.state[p]), factors_of(oracle.state[q]), strict=True)
             off += [apart(ours, theirs) for ours, theirs in both]
+        if how.get("share_updates") != "gradients":
             assert optimizer.state[p].keys() == unshared.state[same].keys()
     return max(off)
 
@@ -74,11 +75,10 @@ def in_groups(rank: int) -> float:
     return max(apart(p, q) for p, q in zip(*(m.parameters() for m in models), strict=True))
 
 
-def shares(rank: int, ranks: int) -> float:
+def shares(rank: int, ranks: int, mode: str) -> float:
     """Whether each layer is updated by one rank, diagonal ones by all, and each rank by some."""
-    _, wrapped, optimizer, *_ = pair(
-        rank, build=build, structure={"*conv": "diagonal", "*": "dense"}
-    )
+    structure = {"*conv": "diagonal", "*": "dense"}
+    _, wrapped, optimizer, *_ = pair(rank, build=build, structure=structure, share_updates=mode)
     done, update = [], singd.update_factor
     singd.update_factor = lambda own, *rest: done.append(own.space.name) or update(own, *rest)
     step(wrapped, optimizer, 0, slice(4 * rank, 4 * rank + 4))
@@ -86,8 +86,11 @@ def shares(rank: int, ranks: int) -> float:
     said = from_all(done, ranks)
     spaces = [b.tap.recipe for b in optimizer._bindings]
     alone = [r for r in spaces if r.input_structure.name == r.output_structure.name == "diagonal"]
-    once = sum(map(len, said)) == 2 * (len(spaces) + (ranks - 1) * len(alone))
-    return 0.0 if once and all("dense" in names for names in said) else 1.0
+    once = 2 * (len(spaces) + (ranks - 1) * len(alone))
+    kept = from_all(sum("K" in state for state in optimizer.state.values()), ranks)
+    fits = sum(kept) == (once // 2 if mode == "gradients" else ranks * len(spaces))
+    fits = fits and sum(map(len, said)) == once
+    return 0.0 if fits and all("dense" in names for names in said) else 1.0
 
 
 def spoiled(rank: int, ranks: int) -> float:
@@ -143,10 +146,10 @@ def refused(rank: int, ranks: int) -> float:
     return 1.0
 
 
-def resumed(rank: int, ranks: int, **options) -> float:
+def resumed(rank: int, ranks: int, mode: str, **options) -> float:
     """Whether a run from rank 0's checkpoint goes on as the one that was saved, bit for bit."""
     part = slice(4 * rank, 4 * rank + 4)
-    model, wrapped, optimizer, *_ = pair(rank, build=build)
+    model, wrapped, optimizer, *_ = pair(rank, build=build, share_updates=mode)
     for at in range(3):
         step(wrapped, optimizer, at, part)
     weights, state = from_all((model.state_dict(), optimizer.state_dict()), ranks)[0]
@@ -166,19 +169,31 @@ def trials(rank: int, ranks: int, _: Path) -> dict[str, Callable[[], float]]:
         pairs = [distributed.new_group(members) for members in ([0, 1], [2, 3])]
         return {
             "factors, dense": lambda: run(rank, ranks),
-            "factors, fewer ranks": lambda: fewer(rank, pairs, build),
+            "factors, fewer ranks": lambda: fewer(rank, pairs, build, share_updates="factors"),
+            "gradients, updates, fewer ranks": lambda: fewer(
+                rank, pairs, build, share_updates="gradients"
+            ),
             "factors, two groups": lambda: run(rank % 2, 2, process_group=pairs[rank // 2]),
         }
     found = {
         f"factors, {case}": lambda options=options: run(rank, ranks, **options)
         for case, options in CASES.items()
     }
-    found["factors, sharded parameters"] = lambda: run(rank, ranks, parameters="sharded")
+    for case in ("dense", "by layer", "IKFAC", "lengths"):
+        found[f"gradients, updates, {case}"] = lambda options=CASES[case]: run(
+            rank, ranks, share_updates="gradients", **options
+        )
+    for mode in ("factors", "gradients"):
+        found[f"{mode}, updates, sharded parameters"] = lambda mode=mode: run(
+            rank, ranks, parameters="sharded", share_updates=mode
+        )
+        found[f"{mode}, updates, shares"] = lambda mode=mode: shares(rank, ranks, mode)
+        for into in ("factors", "gradients", False):
+            found[f"{mode}, updates, resumed, {into}"] = lambda mode=mode, into=into: resumed(
+                rank, ranks, mode, share_updates=into
+            )
     found["factors, param groups"] = lambda: in_groups(rank)
-    found["factors, shares"] = lambda: shares(rank, ranks)
     found["factors, spoiled"] = lambda: spoiled(rank, ranks)
     found["factors, overlapped"] = lambda: overlapped(rank, ranks)
     found["factors, refused"] = lambda: refused(rank, ranks)
-    found["factors, resumed"] = lambda: resumed(rank, ranks)
-    found["factors, resumed alone"] = lambda: resumed(rank, ranks, share_updates=False)
     return found

@@ -279,6 +279,7 @@ class KroneckerOptimizer(HookedOptimizer):
         expected = self._expected_shapes()
         checkpoint.check_compatible(state_dict, self.param_groups, expected, self.factor_names)
         checkpoint.check_options(state_dict, self.param_groups, self.built_in)
+        state_dict = self._own_part(state_dict)
         callables = [{k: v for k, v in g.items() if callable(v)} for g in self.param_groups]
         super().load_state_dict(checkpoint.detached(state_dict))
         checkpoint.restore_dtypes(state_dict, self.param_groups, self.state)
@@ -289,6 +290,10 @@ class KroneckerOptimizer(HookedOptimizer):
             numbers = [where[p] for p in binding.parameters]
             group, state = self.param_groups[numbers[0]], self.state[binding.parameters[0]]
             self._tell(Active(binding, group, state, numbers))
+
+    def _own_part(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """What this rank loads of a state."""
+        return state_dict
 
     def _expected_shapes(self) -> dict[Tensor, dict[str, torch.Size]]:
         """Shapes of the factors of each layer, by the parameter that owns them."""

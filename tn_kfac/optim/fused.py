@@ -44,6 +44,8 @@ class Fused:
 
     def takes_factors(self, binding: Binding, state: State) -> bool:
         """Whether a layer's factors can be updated here."""
+        if not binding.tap.recipe.packed:  # whose factors may be another rank's
+            return False
         K, C, tap = state["K"], state["C"], binding.tap
         device = K.device
         if not (available(device) and C.device == device) or torch.compiler.is_compiling():
@@ -51,11 +53,9 @@ class Fused:
         for probe in tap.probes:
             if probe.device != device:
                 return False
-        recipe = tap.recipe
         return (
             K.dtype == C.dtype == tap.dtype == torch.float32
-            and recipe.packed
-            and recipe.fisher != "forward-only"  # whose G is not measured
+            and tap.recipe.fisher != "forward-only"  # whose G is not measured
         )
 
     @staticmethod

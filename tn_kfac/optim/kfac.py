@@ -89,8 +89,8 @@ class KFAC(OwnedOptimizer):
         share_inverses: How ranks share the work of inverses, by its cost. "inverses": each rank
             computes a part of them and sends it to all. "gradients": each keeps its part to itself
             (1/ranks of the memory) and sends, in each step, the preconditioned gradients of its
-            layers; not with `ekfac` or `lag`. A state_dict holds what its rank keeps, then. False:
-            each rank computes all. One rank alone does as ever.
+            layers; not with `ekfac` or `lag`. `state_dict` gathers inverses then: call it on every
+            rank. False: each rank computes all. One rank alone does as ever.
 
     Raises:
         ValueError: If an argument is out of range, or a structure has no inverse of its kind;
@@ -202,9 +202,6 @@ class KFAC(OwnedOptimizer):
     ) -> dict[str, Any]:
         layer = self._layer(binding, state)
         return refresh.new_state(layer, group["inverse"], binding.dtypes, device)
-
-    def _begin_anew(self, state: dict[str, Any]) -> None:
-        intervals.begin_anew(state)
 
     def _basis(self, binding: Binding, state: dict[str, Any]) -> tuple[Tensor, Tensor] | None:
         if not (binding.tap.recipe.moments and state["inverted"]):

@@ -7,7 +7,7 @@ ranks are the same, or what was preconditioned ("gradients").
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -27,9 +27,8 @@ META = torch.device("meta")
 class OwnedOptimizer(KroneckerOptimizer):
     """An optimizer whose ranks share the work for layers out among them.
 
-    Where owners keep what preconditions a layer ("gradients"), a checkpoint of a rank holds what
-    that rank keeps. A layer whose owner finds nothing of it in the checkpoint that it loads (of
-    another rank, or of another number of ranks) begins with new inverses.
+    Where owners keep what preconditions a layer ("gradients"), `state_dict` gathers it, so that a
+    checkpoint is whole, whichever way its run shared work, and over however many ranks.
     """
 
     _owners: Owners
@@ -43,9 +42,6 @@ class OwnedOptimizer(KroneckerOptimizer):
     def _fresh(self, binding: Binding, state: State, group: Group, device: torch.device) -> State:
         """What of a layer's new state its owner computes, as it is until then."""
 
-    def _begin_anew(self, state: State) -> None:
-        """Have a layer's owner compute it as soon as it can."""
-
     def _keeps(self, binding: Binding) -> bool:
         """Whether this rank keeps what the owner of a layer computes."""
         return not self._owners.apart or self._owners.works(binding, self._bindings)
@@ -53,9 +49,8 @@ class OwnedOptimizer(KroneckerOptimizer):
     def _owned_state(
         self, binding: Binding, state: State, group: Group, device: torch.device
     ) -> State:
-        """What is in a layer's new state of that, and who its owner is if others keep nothing."""
-        owner = {"owner": self._owners.of(binding, self._bindings)} if self._owners.apart else {}
-        return owner | (self._fresh(binding, state, group, device) if self._keeps(binding) else {})
+        """What is in a layer's new state of that, on this rank."""
+        return self._fresh(binding, state, group, device) if self._keeps(binding) else {}
 
     def _directions(self, active: Sequence[Active]) -> dict[Tensor, Tensor]:
         if not self._owners.apart:
@@ -84,33 +79,53 @@ class OwnedOptimizer(KroneckerOptimizer):
             return torch.empty_like(matrix, dtype=dtype)
         return self._direction(layer, matrix).to(dtype)
 
-    def load_state_dict(self, state_dict: State) -> None:
-        """Restore a state, and of what owners compute what this rank keeps.
+    def state_dict(self) -> State:
+        """The whole state as plain tensors and numbers, none of them shared with the optimizer.
 
-        Raises:
-            ValueError: If the state belongs to another model or other structures; nothing
-                is changed then.
+        Callables among the hyper-parameters (a scheduled `lr_cov`) are not stored. Where owners
+        keep something for themselves ("gradients"), every rank must call this, and what they keep
+        is on the CPU: for a while, all of it.
         """
-        super().load_state_dict(state_dict)
-        where = self._where()
-        for binding in self._bindings:
-            p = binding.parameters[0]
-            if "step" in self.state[p]:
-                self._settle(binding, self.param_groups[where[p]])
-
-    def _settle(self, binding: Binding, group: Group) -> None:
-        """After loading: what an owner computes, if this rank keeps it; anew if it has none."""
-        p = binding.parameters[0]
-        state = self.state[p]
-        scattered = state.pop("owner", None) is not None
+        found = super().state_dict()
         if self._owners.apart:
-            state["owner"] = self._owners.of(binding, self._bindings)
-            keys = self._fresh(binding, state, group, META).keys()
-            if not self._keeps(binding):
-                for key in keys & state.keys():
-                    del state[key]
-                return
-            scattered = not keys <= state.keys()
-        if scattered:
-            state |= self._fresh(binding, state, group, p.device)
-            self._begin_anew(state)
+            for number, binding, group in self._numbered(found):
+                if "step" in found["state"].get(number, {}):
+                    found["state"][number] |= self._gathered(binding, group)
+        return found
+
+    def _numbered(self, state_dict: State) -> Iterator[tuple[int, Binding, Group]]:
+        """Each layer, with the number under which a state has it, and its group."""
+        of = {binding.parameters[0]: binding for binding in self._bindings}
+        for saved, group in zip(state_dict["param_groups"], self.param_groups, strict=True):
+            for number, p in zip(saved["params"], group["params"], strict=True):
+                if p in of:
+                    yield number, of[p], group
+
+    def _gathered(self, binding: Binding, group: Group) -> State:
+        """What the owner of a layer keeps, on the CPU of every rank."""
+        p = binding.parameters[0]
+        state, owner = self.state[p], self._owners.of(binding, self._bindings)
+        fresh = self._fresh(binding, state, group, META)
+        held = {
+            key: state[key] if key in state else torch.empty_like(like, device=p.device)
+            for key, like in fresh.items()
+        }
+        parts = [(owner, tensor) for tensor in held.values()]
+        received = from_owners(parts, self._process_group)
+        return {key: tensor.cpu() for key, tensor in zip(held, received, strict=True)}
+
+    def _own_part(self, state_dict: State) -> State:
+        """Of a whole state what this rank keeps."""
+        if not self._owners.apart:
+            return state_dict
+        states = dict(state_dict["state"])
+        for number, binding, group in self._numbered(state_dict):
+            if number in states:
+                fresh = self._fresh(binding, states[number], group, META)
+                kept = {
+                    key: value.to(fresh[key].dtype) if key in fresh else value  # as all expect it
+                    for key, value in states[number].items()
+                    if key not in fresh or self._keeps(binding)
+                }
+                states[number] = kept
+        return {**state_dict, "state": states}

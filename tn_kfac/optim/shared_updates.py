@@ -6,6 +6,8 @@ bytes of float32: a byte for d operations. So all ranks go on with the same stat
 can save it. Other structures have fewer operations for a byte, but small calls that take longer
 than what they send. Layers whose factors are diagonal are everybody's: on a GPU all of them take
 one launch together, less time than a message.
+
+Or nobody else keeps a layer's factors: its owner sends its preconditioned gradient in each step.
 """
 
 from __future__ import annotations
@@ -18,14 +20,14 @@ from typing import Any
 from torch import Tensor
 
 from tn_kfac.curvature import Recipe
-from tn_kfac.optim.binding import Active
+from tn_kfac.optim.binding import Active, Binding
 from tn_kfac.optim.groups import Group
 from tn_kfac.optim.owned import OwnedOptimizer
 from tn_kfac.optim.ranks import from_owners
 
 State = dict[str, Any]
-SHARING = (False, "factors")
-"""What ranks send each other: nothing, or new factors."""
+SHARING = (False, "factors", "gradients")
+"""What ranks send each other: nothing, new factors, or preconditioned gradients."""
 PRODUCTS = {"diagonal": 1, "gram": 4, "rows": 2}
 """Of an update, by what a structure reads of the curvature: KᵀHK (two), KᵀK and K m. Rows are
 projected in the backward pass."""
@@ -56,6 +58,22 @@ def update_cost(recipe: Recipe) -> int:
         groups * PRODUCTS[space.reads] * (prod(coordinates) ** 2 // max(dim, 1))
         for space, (groups, *coordinates), dim in zip(spaces, shapes, dims, strict=True)
     )
+
+
+def check_owned(binding: Binding, sharing: Any) -> None:
+    """Check that one rank alone may keep a layer's factors, if it shall.
+
+    Raises:
+        ValueError: If the backward passes of all ranks read them.
+    """
+    recipe = binding.tap.recipe
+    for space in (recipe.input_structure, recipe.output_structure):
+        if sharing == "gradients" and space.reads == "rows":
+            raise ValueError(
+                f"share_updates='gradients' keeps the factors of layer {binding.site.name!r} on "
+                f"one rank, but with structure={space.name!r} the backward passes of all ranks "
+                "project rows by them: choose share_updates='factors', or 'dense' or 'diagonal'"
+            )
 
 
 class SharedUpdates(OwnedOptimizer):
@@ -90,7 +108,8 @@ class SharedUpdates(OwnedOptimizer):
             else:
                 self._count_update(layer.state, layer.group)
         super()._take_in(mine, scale)
-        self._exchange(measured)
+        if not self._owners.apart:
+            self._exchange(measured)
 
     def _exchange(self, updated: Sequence[Active]) -> None:
         """Have the factors of all layers as their owners have them."""

@@ -22,7 +22,7 @@ from tn_kfac.optim.factor_update import (
 from tn_kfac.optim.fused import Fused, FusedOptimizer
 from tn_kfac.optim.groups import Group
 from tn_kfac.optim.owners import Owners
-from tn_kfac.optim.shared_updates import SHARING, price
+from tn_kfac.optim.shared_updates import SHARING, check_owned, price
 from tn_kfac.structures import Spec
 
 StructureLike = str | Spec
@@ -117,8 +117,10 @@ class SINGD(FusedOptimizer):
         fallback_lr: Learning rate of the fallback; `lr` if None.
         fallback_weight_decay: Weight decay of the fallback; `weight_decay` if None.
         share_updates: "factors": each of several ranks updates the factors of some layers, by what
-            that costs, and sends them to all. False: each rank updates all. The steps are the
-            same; diagonal factors, and one rank alone, are updated as ever.
+            that costs, and sends them to all. "gradients": it keeps them to itself (1/ranks of the
+            memory) and sends, in each step, the preconditioned gradients of its layers; for dense
+            factors alone, and `state_dict` gathers them: call it on every rank. False: each rank
+            updates all. The steps are the same; diagonal factors are everybody's as ever.
         process_group: Whose ranks see parts of one batch: curvature is summed over them. All
             processes if None; False if each trains on its own.
 
@@ -176,7 +178,7 @@ class SINGD(FusedOptimizer):
         fallback: Literal["sgd", "adamw"] | None = "sgd",
         fallback_lr: float | None = None,
         fallback_weight_decay: float | None = None,
-        share_updates: Literal["factors"] | Literal[False] = "factors",
+        share_updates: Literal["factors", "gradients"] | Literal[False] = "factors",
         process_group: Any = None,
     ) -> None:
         checks.number("init_grad_scale", init_grad_scale)
@@ -227,10 +229,11 @@ class SINGD(FusedOptimizer):
         C = recipe.output_structure.eye(groups, recipe.dim_out, dtypes[1], device)
         return {"K": K, "C": C, "m_K": torch.zeros_like(K), "m_C": torch.zeros_like(C)}
 
-    def _basis(self, binding: Binding, state: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        return state["K"], state["C"]
+    def _basis(self, binding: Binding, state: dict[str, Any]) -> tuple[Tensor, Tensor] | None:
+        return (state["K"], state["C"]) if "K" in state else None
 
     def _check_binding(self, binding: Binding, group: Group) -> None:
+        check_owned(binding, self.sharing)
         recipe = binding.tap.recipe
         spaces = (recipe.input_structure, recipe.output_structure)
         if group["exponent"] != 1 and any(space.reads != "diagonal" for space in spaces):

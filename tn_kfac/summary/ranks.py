@@ -38,12 +38,13 @@ class RankCosts:
         world_size: W, the number of ranks.
         statistics_bytes: All-reduced in a step that updates all factors.
         statistics_bytes_per_step: The same on average, by the intervals T.
-        factor_bytes: Factors with their momenta or moments, on every rank.
-        inverse_bytes: KFAC's inverses or eigenbases, twice if there is a `lag`.
-        broadcast_bytes: In a step in which all owners send what they computed: inverses, with
-            share_inverses="gradients" preconditioned gradients, SINGD's factors and momenta.
+        factor_bytes: Factors with their momenta or moments, as far as they are on every rank.
+        owned_bytes: What owners may keep for themselves: KFAC's inverses or eigenbases (twice if
+            there is a `lag`); with share_updates="gradients" SINGD's factors and momenta.
+        broadcast_bytes: In a step in which all owners send what they computed: inverses,
+            SINGD's factors and momenta, or preconditioned gradients.
         broadcast_bytes_per_step: The same on average: inverses by the intervals T_inverse,
-            preconditioned gradients in every step, SINGD's factors by T.
+            SINGD's factors by T, preconditioned gradients in every step.
         owned_flops: Of the work that can be shared out, if all of it is due: KFAC's new inverses,
             roughly, by `FLOPS`; the matrix products of an update of SINGD's factors that are not
             diagonal.
@@ -54,7 +55,7 @@ class RankCosts:
     statistics_bytes: int
     statistics_bytes_per_step: float
     factor_bytes: int
-    inverse_bytes: int
+    owned_bytes: int
     broadcast_bytes: int
     broadcast_bytes_per_step: float
     owned_flops: int
@@ -152,9 +153,11 @@ def _held(optimizer: Any, binding: Binding, group: Options) -> _Held:
 @_held.register
 def _(optimizer: SINGD, binding: Binding, group: Options) -> _Held:
     recipe, state = binding.tap.recipe, optimizer._fresh(binding, {}, group, META)
-    sent, flops = _bytes(optimizer._updated(state, group)), 2 * update_cost(recipe)
-    work = _Work(price(recipe), flops, 0, sent, _interval(group["T"]))
-    return _Held(_bytes(state.values()), [work])
+    size, sent = _bytes(state.values()), _bytes(optimizer._updated(state, group))
+    cost, flops = price(recipe), 2 * update_cost(recipe)
+    if optimizer.sharing == "gradients":
+        return _Held(0, [_Work(cost, flops, size, _direction(binding), 1)])
+    return _Held(size, [_Work(cost, flops, 0, sent, _interval(group["T"]))])
 
 
 @_held.register
