@@ -65,6 +65,15 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 OPTIMIZERS: dict[str, Callable[[nn.Module], KroneckerOptimizer]] = {
     "SINGD diagonal": lambda model: SINGD(model, T=INTERVALS["T"]),
     "SINGD dense": lambda model: SINGD(model, T=INTERVALS["T"], structure="dense"),
+    "SINGD dense, not shared": lambda model: SINGD(
+        model, T=INTERVALS["T"], structure="dense", share_updates=False
+    ),
+    "SINGD dense, gradients sent": lambda model: SINGD(
+        model, T=INTERVALS["T"], structure="dense", share_updates="gradients"
+    ),
+    "SINGD block30diagonal": lambda model: SINGD(
+        model, T=INTERVALS["T"], structure="block30diagonal"
+    ),
     "KFAC, inverses sent": lambda model: KFAC(model, **INTERVALS),
     "KFAC, gradients sent": lambda model: KFAC(model, share_inverses="gradients", **INTERVALS),
 }
@@ -93,13 +102,15 @@ def markdown(found: Sequence[Row]) -> str:
         f"Factors in float32, new ones every {INTERVALS['T']} steps, inverses every "
         f"{INTERVALS['T_inverse']}; KFAC's factors beyond 8,192 rows are split into blocks. Bytes "
         "per step are averages over these intervals, of messages as they are handed to the "
-        "network. A rank's own are those of the rank that has most. FLOPs are of all "
-        "decompositions that a rank computes every time, by 9 b³ for a block of b rows. "
+        "network. Of owners is what they may keep for themselves, inverses or SINGD's factors; of "
+        "the rank that has most. Shared work is what that rank does of what can be shared out, in "
+        "FLOPs, whenever it is due: decompositions, by 9 b³ for a block of b rows, or the matrix "
+        "products of SINGD's updates. "
         "`benchmarks/scaling.py` wrote this page; bytes and states equal those of real runs on two "
         "processes exactly (`tests/optim/sharing.py`).",
     ]
-    head = ("optimizer", "ranks", "statistics a step", "broadcast a step", "factors", "inverses",
-            "decompositions", "share")  # fmt: skip
+    head = ("optimizer", "ranks", "statistics a step", "broadcast a step", "factors", "of owners",
+            "shared work", "share")  # fmt: skip
     for name in dict.fromkeys(row["model"] for row in found):
         of_model = [row for row in found if row["model"] == name]
         parts.append(f"## {name}, {of_model[0]['parameters'] / 1e6:,.1f} M parameters")
@@ -123,9 +134,9 @@ def cells(row: Row) -> tuple[str, ...]:
         size(row["statistics_bytes_per_step"]),
         size(row["broadcast_bytes_per_step"]),
         size(row["factor_bytes"]),
-        size(row["inverse_bytes"]),
-        f"{row['decomposition_flops'] / 1e12:.3g} T" if row["decomposition_flops"] else "-",
-        f"{row['decomposition_share']:.2%}" if row["decomposition_share"] else "-",
+        size(row["owned_bytes"]),
+        work(row["owned_flops"]),
+        f"{row['owned_share']:.2%}" if row["owned_share"] else "-",
     )
 
 
@@ -135,6 +146,13 @@ def size(count: float) -> str:
         return "-"
     large = count >= 1000 * 2**20
     return f"{count / 2**30:.3g} GiB" if large else f"{count / 2**20:.3g} MiB"
+
+
+def work(flops: int) -> str:
+    """Tera or giga FLOPs."""
+    if not flops:
+        return "-"
+    return f"{flops / 1e12:.3g} T" if flops >= 1e11 else f"{flops / 1e9:.3g} G"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -6,6 +6,7 @@ Run as `python fsdp.py RANK RANKS FOLDER`; prints, for each case, how far the tw
 import copy
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from launching import as_rank
@@ -124,13 +125,14 @@ def run(name: str, case: str, rank: int, ranks: int, **how) -> float:
     return max(off)
 
 
-def trained(name: str, rank: int, seed: int, steps: int, **how):
+def trained(name: str, rank: int, seed: int, steps: int, given: Any = None, **how):
     """A model in shards, and its optimizer, after some steps."""
     torch.manual_seed(seed)
     model = Grouped()
     model.norm = nn.GroupNorm(1, 3)  # torch's BatchNorm has no bfloat16 beside float32 buffers
     sharded(model, **how)
-    optimizer = OPTIMIZERS[name](model, warn_unsupported=False, fallback="adamw")
+    given = {"warn_unsupported": False, "fallback": "adamw"} | (given or {})
+    optimizer = OPTIMIZERS[name](model, **given)
     go_on(model, optimizer, rank, range(steps))
     return model, optimizer
 
@@ -144,17 +146,19 @@ def go_on(model, optimizer, rank: int, steps: range) -> None:
         optimizer.step()
 
 
-def resumed(name: str, rank: int, full_state: bool, folder: Path | None = None) -> float:
+def resumed(
+    name: str, rank: int, full_state: bool, folder: Path | None = None, **given: Any
+) -> float:
     """How far a run that goes on from a checkpoint is from the one that was saved."""
     options = by_names.StateDictOptions(full_state_dict=full_state)
-    model, optimizer = trained(name, rank, 0, 3)
+    model, optimizer = trained(name, rank, 0, 3, given)
     states = by_names.get_state_dict(model, optimizer, options=options)
     if folder is not None:
         checkpoint.save({"model": states[0], "optimizer": states[1]}, checkpoint_id=folder)
     else:
         states = copy.deepcopy(states)
     go_on(model, optimizer, rank, range(3, 5))
-    other, new = trained(name, rank, 1, 0)
+    other, new = trained(name, rank, 1, 0, given)
     if folder is not None:
         states = by_names.get_state_dict(other, new, options=options)
         loaded = {"model": states[0], "optimizer": states[1]}
@@ -241,6 +245,12 @@ def trials(rank: int, ranks: int, folder: Path) -> dict[str, Callable[[], float]
     found["KFAC, resumed from whole"] = lambda: resumed("KFAC", rank, True)
     found["SINGD, resumed from a file"] = lambda: resumed(
         "SINGD dense", rank, False, folder / "saved"
+    )
+    found["SINGD, resumed from owners"] = lambda: resumed(
+        "SINGD dense", rank, False, share_updates="gradients"
+    )
+    found["KFAC, resumed from owners in a file"] = lambda: resumed(
+        "KFAC", rank, False, folder / "owned", share_inverses="gradients"
     )
     found["SINGD, gathered"] = lambda: gathered(rank)
     found["KFAC, sharded later"] = lambda: sharded_later("KFAC", rank)

@@ -1,5 +1,6 @@
 """Runs of several processes, each of them a rank."""
 
+import gc
 import json
 import subprocess
 import sys
@@ -44,4 +45,5 @@ def as_rank(trials: Callable[[int, int, Path], Mapping[str, Callable[[], Any]]])
         "gloo", init_method=f"file://{folder / 'store'}", rank=rank, world_size=ranks
     )
     print(json.dumps({name: trial() for name, trial in trials(rank, ranks, folder).items()}))
+    gc.collect()  # models and optimizers that hold on to the group, whose threads end with it
     distributed.destroy_process_group()

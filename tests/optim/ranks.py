@@ -12,6 +12,8 @@ from optimizers import OPTIMIZERS, Mixed, factors_of
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from tn_kfac.optim.ranks import Sums
+
 PARTS = {2: ((0, 4), (4, 8)), 3: ((0, 1), (1, 4), (4, 8))}
 """Which samples of a batch of eight each rank has; three have batches of different sizes."""
 CASES = {
@@ -22,6 +24,7 @@ CASES = {
     "blocks": {"structure": "block3diagonal"},
     "optimizer first": {},
     "accumulation": {},
+    "small messages": {"T": 2},
     "reduce": {"kfac_approx": "reduce", "norms": True},
 }
 
@@ -56,6 +59,8 @@ def run(name: str, case: str, rank: int, ranks: int) -> float:
     else:
         parallel = DistributedDataParallel(model)
         optimizer = OPTIMIZERS[name](parallel, **options)
+    if case == "small messages":
+        optimizer._sums = Sums(1)
     oracle = OPTIMIZERS[name](twin, process_group=False, **options)
     kind = "sum" if case == "sum loss" else "mean"
     first, last = PARTS[ranks][rank]

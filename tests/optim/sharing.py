@@ -1,4 +1,4 @@
-"""One rank of a run whose inverses are shared out, each case beside one process.
+"""One rank of a run whose work is shared out, each case beside one process.
 
 Run as `python sharing.py RANK RANKS FOLDER`; prints, for each trial, how far the two are apart.
 """
@@ -36,7 +36,7 @@ def build(model: nn.Module, **options) -> KFAC:
     return KFAC(model, **(OPTIONS | options))
 
 
-def pair(rank: int, parameters: str = "plain", **options):
+def pair(rank: int, parameters: str = "plain", build=build, **options):
     """A model that trains on this rank's samples, and one that sees all, with optimizers."""
     torch.manual_seed(0)
     model = Grouped().double().eval()
@@ -47,7 +47,7 @@ def pair(rank: int, parameters: str = "plain", **options):
         if parameters == "sharded"
         else DistributedDataParallel(model, process_group=group)
     )
-    own = ("share_inverses", "process_group")
+    own = ("share_inverses", "share_updates", "process_group")
     alone = {key: value for key, value in options.items() if key not in own}
     return model, wrapped, build(wrapped, **options), twin, build(twin, process_group=False,
                                                                   **alone)  # fmt: skip
@@ -142,13 +142,16 @@ def predicted(rank: int, ranks: int, build, **options) -> float:
         for key, value in state.items():
             if isinstance(value, Tensor) and key != "momentum_buffer":
                 inverse = key.endswith(("_basis", "_values", "_inverse"))
-                held[inverse] += value.numel() * value.element_size()
+                factor = key in ("K", "C", "m_K", "m_C")
+                held[inverse or (factor and optimizer.sharing == "gradients")] += (
+                    value.numel() * value.element_size()
+                )
     most = max(from_all(held[True], ranks))
     pairs = [
         (sent["all_reduce"], expected.statistics_bytes),
         (sent["broadcast"], expected.broadcast_bytes),
         (held[False], expected.factor_bytes),
-        (most, expected.inverse_bytes),
+        (most, expected.owned_bytes),
     ]
     return float(max(abs(found - said) / max(said, 1) for found, said in pairs))
 
@@ -156,22 +159,44 @@ def predicted(rank: int, ranks: int, build, **options) -> float:
 def resumed(rank: int, ranks: int, mode: str, into: str, own: bool) -> float:
     """How far a run from a checkpoint, of this rank or of rank 0, is from the one saved.
 
-    Where inverses are lost on the way there are new ones at once, as every step has here.
+    Its first step uses the inverses that were saved.
     """
     part = slice(4 * rank, 4 * rank + 4)
-    every = 2 if own and mode == into else 1
-    model, wrapped, optimizer, *_ = pair(rank, share_inverses=mode, T_inverse=every)
+    model, wrapped, optimizer, *_ = pair(rank, share_inverses=mode, T_inverse=2)
     for at in range(3):
         step(wrapped, optimizer, at, part)
     said = from_all((optimizer.state_dict(), model.state_dict()), ranks)
     state, weights = said[rank if own else 0]
-    other, parallel, new, *_ = pair(rank, share_inverses=into, T_inverse=every)
+    other, parallel, new, *_ = pair(rank, share_inverses=into, T_inverse=2)
     other.load_state_dict(weights)
     new.load_state_dict(state)
     for at in range(3, 5):
         step(wrapped, optimizer, at, part)
         step(parallel, new, at, part)
     return max(apart(p, q) for p, q in zip(other.parameters(), model.parameters(), strict=True))
+
+
+def fewer(rank: int, pairs: list, build, **options) -> float:
+    """How far runs that go on on two ranks and on one are from that of four which was saved."""
+    two, one = (rank % 2, 2, pairs[rank // 2]), (0, 1, False)
+    model, wrapped, optimizer, *_ = pair(rank, build=build, **options)
+    for at in range(3):
+        step(wrapped, optimizer, at, slice(2 * rank, 2 * rank + 2))
+    weights, state = copy.deepcopy(from_all((model.state_dict(), optimizer.state_dict()), 4)[0])
+    for at in range(3, 5):
+        step(wrapped, optimizer, at, slice(2 * rank, 2 * rank + 2))
+    off = []
+    for number, ranks, group in (two, one):
+        other = Grouped().double().eval()
+        other.load_state_dict(weights)
+        parallel = DistributedDataParallel(other, process_group=group) if group else other
+        new = build(parallel, process_group=group, **options)
+        new.load_state_dict(state)
+        size = 8 // ranks
+        for at in range(3, 5):
+            step(parallel, new, at, slice(size * number, size * (number + 1)))
+        off += [apart(p, q) for p, q in zip(other.parameters(), model.parameters(), strict=True)]
+    return max(off)
 
 
 def trials(rank: int, ranks: int, _: Path) -> dict[str, Callable[[], float]]:
@@ -181,11 +206,23 @@ def trials(rank: int, ranks: int, _: Path) -> dict[str, Callable[[], float]]:
         kinds = {
             "SINGD": (SINGD, {"T": 1}),
             "SINGD dense": (SINGD, {"T": 1, "structure": "dense"}),
+            "SINGD blocks": (SINGD, {"T": 1, "structure": ("block2diagonal", "triltoeplitz")}),
+            "SINGD gradients": (
+                SINGD,
+                {
+                    "T": 1,
+                    "share_updates": "gradients",
+                    "structure": {"*head": "diagonal", "*": "dense"},
+                },
+            ),
+            "SINGD not shared": (SINGD, {"T": 1, "structure": "dense", "share_updates": False}),
+            "IKFAC": (SINGD, {"T": 1, "structure": "dense", "kfac_like": True}),
             "KFAC": (KFAC, {}),
             "KFAC gradients": (KFAC, {"share_inverses": "gradients"}),
             "KFAC cholesky": (KFAC, {"inverse": "cholesky", "structure": "block2diagonal"}),
             "KFAC bfloat16": (KFAC, {"preconditioner_dtype": torch.bfloat16}),
             "KFAC not shared": (KFAC, {"share_inverses": False}),
+            "KFAC with a lag": (KFAC, {"lag": 1}),
             "EKFAC": (KFAC, {"ekfac": "exact"}),
         }
         for name, (kind, options) in kinds.items():
@@ -195,6 +232,9 @@ def trials(rank: int, ranks: int, _: Path) -> dict[str, Callable[[], float]]:
     else:
         pairs = [distributed.new_group(members) for members in ([0, 1], [2, 3])]
         for mode in MODES:
+            found[f"{mode}, fewer ranks"] = lambda mode=mode: fewer(
+                rank, pairs, build, share_inverses=mode
+            )
             found[f"{mode}, two groups"] = lambda mode=mode: run(
                 rank % 2, 2, share_inverses=mode, process_group=pairs[rank // 2]
             )
@@ -218,4 +258,6 @@ def trials(rank: int, ranks: int, _: Path) -> dict[str, Callable[[], float]]:
 
 
 if __name__ == "__main__":
-    as_rank(trials)
+    from updating import trials as of_updates
+
+    as_rank(lambda *given: trials(*given) | of_updates(*given))

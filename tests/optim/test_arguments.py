@@ -73,6 +73,7 @@ BAD: dict[str, list[tuple[Any, type[Exception]]]] = {
     "curvature_fraction": [*NOT_NUMBERS, *NOT_POSITIVE, (0, ValueError), (2, ValueError),
                            (0.3, ValueError), (2 / 3, ValueError)],
     "share_inverses": [("factors", ValueError), (None, ValueError), (2, ValueError)],
+    "share_updates": [("inverses", ValueError), (None, ValueError), (True, ValueError)],
     "process_group": [(True, TypeError), (0, TypeError), ("gloo", TypeError)],
     "fallback": [("adam", ValueError), (True, ValueError), (0, ValueError)],
     "fallback_lr": [entry for entry in NOT_NUMBERS + NOT_POSITIVE if entry[0] is not None],
@@ -104,6 +105,7 @@ def test_bad_value_is_named(kind, name, value, error):
 GROUP_KEYS = BAD.keys() - {
     "process_group",
     "share_inverses",
+    "share_updates",
     "norms",
     "warn_unsupported",
     "init_grad_scale",

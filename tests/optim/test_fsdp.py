@@ -8,7 +8,7 @@ from launching import launch
 def test_sharded_is_one_process(tmp_path, ranks):
     """Parameters, factors and momentum; checkpoints; and what is communicated."""
     said = launch("fsdp.py", ranks, tmp_path)
-    assert len(said[0]) == {2: 29, 4: 3}[ranks]
+    assert len(said[0]) == {2: 31, 4: 3}[ranks]
     wrong = {
         trial: [found[trial] for found in said]
         for trial in said[0]

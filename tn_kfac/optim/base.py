@@ -20,7 +20,7 @@ from tn_kfac.optim.binding import Active, Binding
 from tn_kfac.optim.groups import Group
 from tn_kfac.optim.hooked import HookedOptimizer
 from tn_kfac.optim.measured import check_measured
-from tn_kfac.optim.ranks import ranks_of, share
+from tn_kfac.optim.ranks import ranks_of
 from tn_kfac.optim.rules import FALLBACKS, sgd
 from tn_kfac.optim.scaling import found_inf, unscale
 from tn_kfac.optim.sharded import check_same, own, write
@@ -48,20 +48,9 @@ class KroneckerOptimizer(HookedOptimizer):
         "warmup": lambda name, value: checks.interval(name, value, least=0),
     }
 
-    @property
-    def sharing(self) -> Any:
-        """What ranks send each other beside statistics: nothing."""
-        return False
-
     @abstractmethod
     def _new_state(self, binding: Binding, group: Group, device: torch.device) -> dict[str, Any]:
         """Fresh factors of a layer."""
-
-    def _fresh(
-        self, binding: Binding, state: dict[str, Any], group: Group, device: torch.device
-    ) -> dict[str, Any]:
-        """What of it is for inverses; the owner of a layer may keep it alone."""
-        return {}
 
     @abstractmethod
     def _update_factors(
@@ -107,6 +96,7 @@ class KroneckerOptimizer(HookedOptimizer):
             due = [self._is_ready(layer) for layer in active]
             measured = [layer for layer, ready in zip(active, due, strict=True) if ready]
             self._take_in(measured, scale)
+            self._sums.end()
             self._refresh(active)
             self._step_layers(active, [ready is not False for ready in due])
         self._clear()
@@ -138,10 +128,10 @@ class KroneckerOptimizer(HookedOptimizer):
         return {p: number for number, g in enumerate(self.param_groups) for p in g["params"]}
 
     def _share(self, active: Sequence[Active]) -> None:
-        """Sum the statistics of the layers that are due over all ranks."""
+        """Begin to sum the statistics of the layers that are due over all ranks."""
         if ranks_of(self._process_group) > 1:
             taps = [layer.binding.tap for layer in active if self._is_due(layer)]
-            share([tap for tap in taps if tap.probes], self._process_group)
+            self._sums.begin([tap for tap in taps if tap.probes], self._process_group)
 
     def _is_due(self, layer: Active) -> bool:
         """Whether the next step updates the factors of a layer."""
@@ -160,6 +150,7 @@ class KroneckerOptimizer(HookedOptimizer):
     def _take_in(self, measured: Sequence[Active], scale: Tensor | None) -> None:
         """Update the factors of layers that were measured, of a loss times `scale`."""
         for binding, group, state, _ in measured:
+            self._sums.arrive(binding.tap)
             found = binding.tap.measured()
             assert found is not None
             if scale is not None and binding.tap.recipe.fisher == "empirical":
@@ -293,6 +284,7 @@ class KroneckerOptimizer(HookedOptimizer):
         expected = self._expected_shapes()
         checkpoint.check_compatible(state_dict, self.param_groups, expected, self.factor_names)
         checkpoint.check_options(state_dict, self.param_groups, self.built_in)
+        state_dict = self._own_part(state_dict)
         callables = [{k: v for k, v in g.items() if callable(v)} for g in self.param_groups]
         super().load_state_dict(checkpoint.detached(state_dict))
         checkpoint.restore_dtypes(state_dict, self.param_groups, self.state)
@@ -303,6 +295,10 @@ class KroneckerOptimizer(HookedOptimizer):
             numbers = [where[p] for p in binding.parameters]
             group, state = self.param_groups[numbers[0]], self.state[binding.parameters[0]]
             self._tell(Active(binding, group, state, numbers))
+
+    def _own_part(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """What this rank loads of a state."""
+        return state_dict
 
     def _expected_shapes(self) -> dict[Tensor, dict[str, torch.Size]]:
         """Shapes of the factors of each layer, by the parameter that owns them."""

@@ -6,7 +6,6 @@ both give the same up to rounding.
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
@@ -25,10 +24,10 @@ from tn_kfac.kernels.singd import (
     unchanged,
     update_factors,
 )
-from tn_kfac.optim.base import KroneckerOptimizer
 from tn_kfac.optim.binding import Active, Binding
 from tn_kfac.optim.groups import Group
 from tn_kfac.optim.rules import FALLBACKS, weight_of_new
+from tn_kfac.optim.shared_updates import SharedUpdates
 
 KINDS = (torch.float32, torch.bfloat16, torch.float16)
 State = dict[str, Any]
@@ -45,6 +44,8 @@ class Fused:
 
     def takes_factors(self, binding: Binding, state: State) -> bool:
         """Whether a layer's factors can be updated here."""
+        if not binding.tap.recipe.packed:  # whose factors may be another rank's
+            return False
         K, C, tap = state["K"], state["C"], binding.tap
         device = K.device
         if not (available(device) and C.device == device) or torch.compiler.is_compiling():
@@ -52,11 +53,9 @@ class Fused:
         for probe in tap.probes:
             if probe.device != device:
                 return False
-        recipe = tap.recipe
         return (
             K.dtype == C.dtype == tap.dtype == torch.float32
-            and recipe.packed
-            and recipe.fisher != "forward-only"  # whose G is not measured
+            and tap.recipe.fisher != "forward-only"  # whose G is not measured
         )
 
     @staticmethod
@@ -208,14 +207,10 @@ def _last(p: Tensor) -> torch.memory_format:
     return torch.channels_last if p.dim() == 4 else torch.channels_last_3d
 
 
-class FusedOptimizer(KroneckerOptimizer):
+class FusedOptimizer(SharedUpdates):
     """An optimizer that updates and uses diagonal factors as SINGD does, at once where it can."""
 
     _fused: Fused
-
-    @abstractmethod
-    def _beta(self, state: State, group: Group) -> float:
-        """The step size of a layer's factors now."""
 
     def _take_in(self, measured: Sequence[Active], scale: Tensor | None) -> None:
         """All layers that `Fused` knows at once, the others one after another."""
@@ -227,6 +222,7 @@ class FusedOptimizer(KroneckerOptimizer):
             if starts or not self._fused.takes_factors(binding, state):
                 rest.append(layer)
                 continue
+            self._sums.arrive(binding.tap)
             time = (numbers[0], state["step"])
             if time not in betas:
                 betas[time] = self._beta(state, group)

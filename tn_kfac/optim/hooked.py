@@ -31,7 +31,7 @@ from tn_kfac.optim.groups import (
     warn_untrained,
 )
 from tn_kfac.optim.measured import measured_apart
-from tn_kfac.optim.ranks import check_group
+from tn_kfac.optim.ranks import Sums, check_group
 
 
 class HookedOptimizer(Optimizer, ABC):
@@ -68,6 +68,7 @@ class HookedOptimizer(Optimizer, ABC):
         self._scope = ForwardScope([])
         self._ready = self._closed = False
         self._dropped: set[Tensor] = set()
+        self._sums = Sums()
         sites, refused = find_sites(model, norms)
         check_patterns(self._options["structure"], [site.name for site in sites])
         self._sites = {p: site for site in sites for p in site.parameters}

@@ -65,11 +65,6 @@ def schedule(state: State, group: Group) -> None:
     state["inverted"] = state["updates"]
 
 
-def begin_anew(state: State) -> None:
-    """As if there had been no inverse yet: one is due."""
-    state |= {"inverted": 0, "last_inverse": -1, "refresh": state["step"]}
-
-
 def new_part(state: State, group: Group) -> float | None:
     """How much of the averages came after the last inverse; None: there is none."""
     if not state["inverted"]:

@@ -18,11 +18,12 @@ from tn_kfac.optim.binding import Active, Binding
 from tn_kfac.optim.damping import by_inverses, in_eigenbasis, to_basis
 from tn_kfac.optim.groups import Group
 from tn_kfac.optim.inverses import EIGEN, Inverse, warm_iterations
-from tn_kfac.optim.kfac_options import OPTION_CHECKS, check_spaces, checked, damping_now
+from tn_kfac.optim.kfac_options import OPTION_CHECKS, SHARING, check_layer, checked, damping_now
 from tn_kfac.optim.notice import Notice
 from tn_kfac.optim.owned import OwnedOptimizer
-from tn_kfac.optim.owners import SHARING, Owners
+from tn_kfac.optim.owners import Owners
 from tn_kfac.optim.ranks import ranks_of
+from tn_kfac.optim.shared_inverses import costs
 from tn_kfac.optim.singd import Structures
 
 
@@ -90,8 +91,8 @@ class KFAC(OwnedOptimizer):
         share_inverses: How ranks share the work of inverses, by its cost. "inverses": each rank
             computes a part of them and sends it to all. "gradients": each keeps its part to itself
             (1/ranks of the memory) and sends, in each step, the preconditioned gradients of its
-            layers; not with `ekfac` or `lag`. A state_dict holds what its rank keeps, then. False:
-            each rank computes all. One rank alone does as ever.
+            layers; not with `ekfac` or `lag`. `state_dict` gathers inverses then: call it on every
+            rank. False: each rank computes all. One rank alone does as ever.
 
     Raises:
         ValueError: If an argument is out of range, or a structure has no inverse of its kind;
@@ -155,8 +156,9 @@ class KFAC(OwnedOptimizer):
                  "share_inverses", "__class__")  # fmt: skip
         options = {key: value for key, value in given.items() if key not in apart}
         self._notice, self._adaptation = Notice(), adapting.Adaptation(model)
-        self._owners = Owners(share_inverses, process_group)
-        self._pending = pending.Pending(self._notice, self._owners.inverses_over)
+        self._owners = Owners(share_inverses, process_group, lambda recipe: sum(costs(recipe)))
+        over = process_group if share_inverses == "inverses" else False
+        self._pending = pending.Pending(self._notice, over)
         super().__init__(model, params, options, warn_unsupported, norms, process_group)
         if self._options["adaptive"]:
             self._handles += self._adaptation.attach()
@@ -165,8 +167,7 @@ class KFAC(OwnedOptimizer):
         return checked(super()._checked(options))
 
     def _check_binding(self, binding: Binding, group: Group) -> None:
-        check_spaces(binding, group)
-        self._owners.check(binding, group)
+        check_layer(binding, group, self.sharing)
 
     def _layer(self, binding: Binding, state: dict[str, Any]) -> refresh.Layer:
         recipe = binding.tap.recipe
@@ -190,10 +191,7 @@ class KFAC(OwnedOptimizer):
             "turn": turn,
             "last_inverse": -1,
         }
-        if self._owners.active:
-            state["owner"] = self._owners.of(binding, self._bindings)
-        if self._keeps(binding):
-            state |= self._fresh(binding, state, group, device)
+        state |= self._owned_state(binding, state, group, device)
         if group["lag"]:
             state |= pending.new_state(state)
         if recipe.moments or group["ekfac"] == "ema":

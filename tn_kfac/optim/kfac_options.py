@@ -39,6 +39,9 @@ def checked(options: Group) -> Group:
     return options
 
 
+SHARING = (False, "inverses", "gradients")
+"""What ranks send each other: nothing, inverses, or preconditioned gradients."""
+
 OPTION_CHECKS: dict[str, checks.Check] = {
     "damping": checks.damping,
     "T_inverse": checks.intervals,
@@ -157,12 +160,13 @@ def _limit(chosen: Any, name: str) -> Any:
     return tuple(name if side == "dense" else side for side in chosen)
 
 
-def check_spaces(binding: Binding, group: Group) -> None:
-    """Check that a layer's factors can be inverted; warn of those that `max_dim` splits.
+def check_layer(binding: Binding, group: Group, sharing: Any) -> None:
+    """Check that a layer can be inverted, by one rank alone if it shall; warn of what is split.
 
     Raises:
-        ValueError: If they cannot.
+        ValueError: If its factors have no inverses of their kind, or all ranks need them.
     """
+    _check_owned(binding, group, sharing)
     recipe = binding.tap.recipe
     for space in (recipe.input_structure, recipe.output_structure):
         if not space.invertible:
@@ -177,6 +181,16 @@ def check_spaces(binding: Binding, group: Group) -> None:
                 f"max_dim={group['max_dim']}: it is {side.name}. Choose another max_dim (None: "
                 "no limit), or a structure for this layer",
                 stacklevel=6,
+            )
+
+
+def _check_owned(binding: Binding, group: Group, sharing: Any) -> None:
+    for key in ("ekfac", "lag"):
+        if sharing == "gradients" and group[key]:
+            raise ValueError(
+                f"share_inverses='gradients' keeps the inverses of layer {binding.site.name!r} "
+                f"on one rank, but {key}={group[key]!r} needs them on all: choose "
+                "share_inverses='inverses'"
             )
 
 

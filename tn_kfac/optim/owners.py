@@ -1,58 +1,19 @@
-"""Inverses shared out over ranks: who decomposes which factor, and who keeps what.
+"""Who does which part of the work: pieces of it shared out over ranks by what they cost.
 
-A decomposition of a block of b rows takes some b³ operations, however many ranks see the data. So
-ranks take turns, the most expensive first, each time the rank that has least to do: at most 4/3 of
-the best sharing there is (https://doi.org/10.1137/0117039). All ranks find the same owners
+Ranks take turns, the most expensive piece first, each time the rank that has least to do: at most
+4/3 of the best sharing there is (https://doi.org/10.1137/0117039). All ranks find the same owners
 from shapes alone, and send the same messages whatever their values are, so that nothing that one
 rank meets (a factor that is not finite, say) leaves another one waiting.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from math import prod
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
-
-import torch
-from torch import Tensor
 
 from tn_kfac.curvature import Recipe
 from tn_kfac.optim.binding import Binding
-from tn_kfac.optim.damping import Damping
-from tn_kfac.optim.groups import Group
-from tn_kfac.optim.inverses import Request
-from tn_kfac.optim.notice import Notice
-from tn_kfac.optim.ranks import from_owners, rank_in, ranks_of
-from tn_kfac.optim.refresh import (
-    SIDES,
-    Found,
-    How,
-    Layer,
-    Task,
-    adopt,
-    decompose,
-    finite,
-    hand_out,
-    keys_of,
-    tasks,
-)
-from tn_kfac.structures import Structure
-
-SHARING = (False, "inverses", "gradients")
-"""What ranks send each other: nothing, inverses, or preconditioned gradients."""
-
-
-def cost(space: Structure, shape: tuple[int, ...]) -> int:
-    """Σ b³ over the blocks of matrices with coordinates of this shape; none for diagonals."""
-    sizes = (block.shape for block in space.blocks(torch.empty(shape, device="meta")))
-    return sum(prod(size[:-2]) * size[-1] ** 3 for size in sizes if size[-1] > 1)
-
-
-def costs(recipe: Recipe) -> tuple[int, int]:
-    """Those of a layer's A and G."""
-    spaces = (recipe.input_structure, recipe.output_structure)
-    first, second = (cost(s, shape) for s, shape in zip(spaces, recipe.shapes()[:2], strict=True))
-    return first, second
+from tn_kfac.optim.ranks import rank_in, ranks_of
 
 
 def owners(costs: Sequence[int], loads: list[int]) -> list[int | None]:
@@ -68,100 +29,42 @@ def owners(costs: Sequence[int], loads: list[int]) -> list[int | None]:
     return found
 
 
-def refresh(due: Sequence[tuple[Layer, Damping, How]], notice: Notice, group: Any) -> None:
-    """Decompose the factors of all layers, shared out over a group, and use what was found."""
-    found = tasks(due)
-    shared = (
-        _shared(found, group)
-        if ranks_of(group) > 1
-        else [decompose(t.requests, t.how) for t in found]
-    )
-    for task, parts in zip(found, shared, strict=True):
-        hand_out(task, parts, notice, adopt)
-
-
-def _shared(found: Sequence[Task], group: Any) -> list[Found]:
-    """What each rank finds of its share, on all ranks."""
-    requests = [request for task in found for request in task.requests]
-    prices = [cost(r.space, tuple(r.matrices[0].shape)) for r in requests]
-    at = iter(owners(prices, [0] * ranks_of(group)))
-    messages: list[tuple[int | None, Tensor]] = []
-    counts = []
-    for task in found:
-        places = [next(at) for _ in task.requests]
-        parts = _parts(task, places, rank_in(group))
-        counts.append([len(part) for part in parts])
-        for owner, part in zip(places, parts, strict=True):
-            messages += [(owner, tensor) for tensor in part]
-    held = iter(from_owners(messages, group))
-    together = [[tuple(next(held) for _ in range(n)) for n in count] for count in counts]
-    return [[(part, finite(part)) for part in parts] for parts in together]
-
-
-def _parts(task: Task, places: Sequence[int | None], rank: int) -> list[tuple[Tensor, ...]]:
-    """What this rank finds, and memory for what the others do."""
-    mine = [r for r, owner in zip(task.requests, places, strict=True) if owner in (None, rank)]
-    done = iter(decompose(mine, task.how))
-    sides = ((layer, side) for layer in task.layers for side in SIDES)
-    return [
-        next(done)[0] if owner in (None, rank) else _room(request, layer, side)
-        for request, owner, (layer, side) in zip(task.requests, places, sides, strict=True)
-    ]
-
-
-def _room(request: Request, layer: Layer, side: str) -> tuple[Tensor, ...]:
-    """Memory for the tensors that come of a request."""
-    like = request.matrices[0]
-    dtype = torch.promote_types(like.dtype, torch.float32)
-    shapes = (layer.state[key].shape for key in keys_of(layer.state, side))
-    return tuple(torch.empty(shape, dtype=dtype, device=like.device) for shape in shapes)
-
-
 class Owners:
-    """Which rank keeps which layer's inverses, and preconditions its gradient.
+    """Which rank works for which layer, and what it sends to the others.
 
     Once a layer has an owner it keeps it, also if layers join later.
+
+    Attributes:
+        sharing: False, what all ranks get ("inverses", "factors"), or "gradients", if an owner
+            keeps that for itself and sends preconditioned gradients.
+        price: What the work for a layer costs, by its shapes.
     """
 
-    def __init__(self, sharing: Any, group: Any) -> None:
-        self.sharing, self._group = sharing, group
+    def __init__(self, sharing: Any, group: Any, price: Callable[[Recipe], int]) -> None:
+        self.sharing, self.price, self._group = sharing, price, group
         self._loads: list[int] = []
         self._found: dict[str, int | None] = {}
 
     @property
-    def inverses_over(self) -> Any:
-        """The group over which decompositions are shared out, False if they are not."""
-        return self._group if self.sharing == "inverses" else False
+    def several(self) -> bool:
+        """Whether there are ranks to share with."""
+        return bool(self.sharing) and ranks_of(self._group) > 1
 
     @property
-    def active(self) -> bool:
-        """Whether layers have owners."""
-        return self.sharing == "gradients" and ranks_of(self._group) > 1
-
-    def check(self, binding: Binding, group: Group) -> None:
-        """Check that a layer can have an owner.
-
-        Raises:
-            ValueError: If all ranks need its inverses.
-        """
-        for key in ("ekfac", "lag"):
-            if self.sharing == "gradients" and group.get(key):
-                raise ValueError(
-                    f"share_inverses='gradients' keeps the inverses of layer {binding.site.name!r} "
-                    f"on one rank, but {key}={group[key]!r} needs them on all: choose "
-                    "share_inverses='inverses'"
-                )
+    def apart(self) -> bool:
+        """Whether owners keep for themselves what they find."""
+        return self.sharing == "gradients" and self.several
 
     def of(self, binding: Binding, bindings: Iterable[Binding]) -> int | None:
         """The owner of a layer, which is one of `bindings`; None: all ranks."""
         if binding.site.name not in self._found:
             self._loads = self._loads or [0] * ranks_of(self._group)
             new = [b for b in bindings if b.site.name not in self._found]
-            prices = [sum(costs(b.tap.recipe)) for b in new]
+            prices = [self.price(b.tap.recipe) for b in new]
             names = (b.site.name for b in new)
             self._found |= zip(names, owners(prices, self._loads), strict=True)
         return self._found[binding.site.name]
 
-    def keeps(self, binding: Binding, bindings: Iterable[Binding]) -> bool:
-        """Whether this rank keeps the inverses of a layer."""
-        return not self.active or self.of(binding, bindings) in (None, rank_in(self._group))
+    def works(self, binding: Binding, bindings: Iterable[Binding]) -> bool:
+        """Whether this rank does the work for a layer: alone, or as every rank does."""
+        return not self.several or self.of(binding, bindings) in (None, rank_in(self._group))

@@ -21,7 +21,6 @@ from tn_kfac.optim.damping import Damping
 from tn_kfac.optim.groups import Group
 from tn_kfac.optim.intervals import NOTHING, first_use, is_pending, schedule
 from tn_kfac.optim.notice import Notice
-from tn_kfac.optim.owners import refresh
 from tn_kfac.optim.refresh import (
     Found,
     How,
@@ -33,6 +32,7 @@ from tn_kfac.optim.refresh import (
     inverse_keys,
     tasks,
 )
+from tn_kfac.optim.shared_inverses import refresh
 
 State = dict[str, Any]
 BESIDE = "next_"

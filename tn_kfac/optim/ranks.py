@@ -1,4 +1,4 @@
-"""Curvature of several processes: sums over all ranks, in one message for each dtype.
+"""Curvature of several processes: sums over all ranks, in a few messages.
 
 Data-parallel ranks see other samples of one batch. Statistics are plain sums, so the curvature of
 the whole batch is that of the summed statistics; gradients are the wrapper's to average
@@ -9,13 +9,16 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, distributed
 
 from tn_kfac.curvature import LayerTap
 
+MESSAGE = 2**25
+"""Bytes of statistics in one message, as many as DistributedDataParallel has of gradients: enough
+for the speed of any network, few enough to have something to do while others are on their way."""
 Group = Any  # None, False, or a distributed.ProcessGroup, where torch is built with it
 
 
@@ -45,32 +48,84 @@ def check_group(name: str, value: object) -> None:
         )
 
 
-def share(taps: Iterable[LayerTap], group: Group) -> None:
-    """Replace the statistics of all taps by their sums over the ranks of a group.
+Statistics = tuple[LayerTap, list[Tensor]]
 
-    Every rank must call it with the same taps; a rank that measured nothing adds nothing. What no
-    rank measured becomes NaN, which moves no factor.
+
+class _Message(NamedTuple):
+    """Statistics of some taps that are being summed, and what to wait for."""
+
+    entries: list[Statistics]
+    work: Any
+
+
+class Sums:
+    """Sums of statistics over the ranks of a group, while they are on their way.
+
+    A message has the statistics of some layers, at most `most` bytes if it can. All of them are
+    sent at once, and each is waited for when its first layer is asked for, so that factors of the
+    first layers are updated while the statistics of the others are still being summed.
     """
-    messages: dict[tuple[torch.dtype, torch.device], list[tuple[LayerTap, list[Tensor]]]]
-    messages = defaultdict(list)
+
+    def __init__(self, most: int = MESSAGE) -> None:
+        self._most = most
+        self._on_way: dict[LayerTap, _Message] = {}
+
+    def begin(self, taps: Iterable[LayerTap], group: Group) -> None:
+        """Begin to sum the statistics of all taps; nobody may read them until they arrive.
+
+        Every rank must call it with the same taps; a rank that measured nothing adds nothing.
+        """
+        self._on_way.clear()
+        for entries in _messages(taps, self._most):
+            flat = torch.cat([part.reshape(-1) for _, sums in entries for part in sums])
+            work = distributed.all_reduce(flat, group=group, async_op=True)
+            parts = iter(flat.split([part.numel() for _, sums in entries for part in sums]))
+            totals = [(tap, [next(parts).view(s.shape) for s in sums]) for tap, sums in entries]
+            self._on_way |= dict.fromkeys([tap for tap, _ in entries], _Message(totals, work))
+
+    def arrive(self, tap: LayerTap) -> None:
+        """Have the sums of all ranks as a tap's statistics; what no rank measured is NaN."""
+        message = self._on_way.get(tap)
+        if message is None:
+            return
+        message.work.wait()
+        for other, sums in message.entries:
+            _unweighted(other, sums)
+            del self._on_way[other]
+
+    def end(self) -> None:
+        """Wait for what nobody asked for: the statistics of layers whose owners are others."""
+        for message in {id(message): message for message in self._on_way.values()}.values():
+            message.work.wait()
+        self._on_way.clear()
+
+
+def _messages(taps: Iterable[LayerTap], most: int) -> list[list[Statistics]]:
+    """Taps with their weighted statistics, by the message that they travel in."""
+    found: list[list[Statistics]] = []
+    last: dict[tuple[torch.dtype, torch.device], tuple[int, int]] = {}
     for tap in taps:
         sums = _weighted(tap)
-        messages[sums[0].dtype, sums[0].device].append((tap, sums))
-    for entries in messages.values():
-        flat = torch.cat([part.reshape(-1) for _, sums in entries for part in sums])
-        distributed.all_reduce(flat, group=group)
-        parts = iter(flat.split([part.numel() for _, sums in entries for part in sums]))
-        for tap, sums in entries:
-            total = [next(parts).view(part.shape) for part in sums]
-            _unweighted(tap, total)
+        if not tap.has_statistics:
+            tap.replace(sums)
+        kind = sums[0].dtype, sums[0].device
+        size = sum(part.numel() * part.element_size() for part in sums)
+        at, before = last.get(kind, (0, most))
+        if before + size > most:
+            at, before = len(found), 0
+            found.append([])
+        found[at].append((tap, sums))
+        last[kind] = at, before + size
+    return found
 
 
 def from_owners(parts: Sequence[tuple[int | None, Tensor]], group: Group) -> list[Tensor]:
     """Each tensor as its owner has it: one message from each, for each dtype and device.
 
-    Every rank must call it with the same owners and shapes. Tensors whose owner is None are
-    returned as they are.
+    Every rank must call it with the same owners and shapes; what a rank holds of another one's is
+    not read. Its own tensors, and those whose owner is None, are returned as they are.
     """
+    rank = rank_in(group)
     messages: dict[tuple[int, torch.dtype, torch.device], list[int]] = defaultdict(list)
     for at, (owner, tensor) in enumerate(parts):
         if owner is not None:
@@ -78,14 +133,18 @@ def from_owners(parts: Sequence[tuple[int | None, Tensor]], group: Group) -> lis
     held = [tensor for _, tensor in parts]
     sent = []
     for (owner, *_), places in messages.items():
-        flat = torch.cat([held[at].reshape(-1) for at in places])
+        sizes = [held[at].numel() for at in places]
+        if owner == rank:
+            flat = torch.cat([held[at].reshape(-1) for at in places])
+        else:
+            flat = held[places[0]].new_empty(sum(sizes))
         source = owner if group is None else distributed.get_global_rank(group, owner)
-        sent.append((places, flat, distributed.broadcast(flat, source, group, async_op=True)))
-    for places, flat, work in sent:
+        work = distributed.broadcast(flat, source, group, async_op=True)
+        sent.append((() if owner == rank else places, sizes, flat, work))
+    for places, sizes, flat, work in sent:
         if work is not None:
             work.wait()
-        sizes = [held[at].numel() for at in places]
-        for at, part in zip(places, flat.split(sizes), strict=True):
+        for at, part in zip(places, flat.split(sizes), strict=False):
             held[at] = part.view(held[at].shape)
     return held
 

@@ -21,6 +21,8 @@ from tn_kfac.optim.factor_update import (
 )
 from tn_kfac.optim.fused import Fused, FusedOptimizer
 from tn_kfac.optim.groups import Group
+from tn_kfac.optim.owners import Owners
+from tn_kfac.optim.shared_updates import SHARING, check_owned, price
 from tn_kfac.structures import Spec
 
 StructureLike = str | Spec
@@ -41,6 +43,11 @@ def _given(
     if structure is not None:
         return structure
     return "diagonal" if structures is None else structures
+
+
+def _alpha(group: Group) -> float:
+    """The Riemannian momentum of a group's factors."""
+    return 0.0 if group["kfac_like"] else group["alpha1"]
 
 
 class SINGD(FusedOptimizer):
@@ -111,6 +118,11 @@ class SINGD(FusedOptimizer):
         fallback: "sgd", "adamw", or None to leave these parameters untrained.
         fallback_lr: Learning rate of the fallback; `lr` if None.
         fallback_weight_decay: Weight decay of the fallback; `weight_decay` if None.
+        share_updates: "factors": each of several ranks updates the factors of some layers, by what
+            that costs, and sends them to all. "gradients": it keeps them to itself (1/ranks of the
+            memory) and sends, in each step, the preconditioned gradients of its layers; for dense
+            factors alone, and `state_dict` gathers them: call it on every rank. False: each rank
+            updates all. The steps are the same; diagonal factors are everybody's as ever.
         process_group: Whose ranks see parts of one batch: curvature is summed over them. All
             processes if None; False if each trains on its own.
 
@@ -169,9 +181,11 @@ class SINGD(FusedOptimizer):
         fallback: Literal["sgd", "adamw"] | None = "sgd",
         fallback_lr: float | None = None,
         fallback_weight_decay: float | None = None,
+        share_updates: Literal["factors", "gradients"] | Literal[False] = "factors",
         process_group: Any = None,
     ) -> None:
         checks.number("init_grad_scale", init_grad_scale)
+        checks.one_of("share_updates", share_updates, SHARING)
         options = {
             "lr": lr,
             "momentum": momentum,
@@ -204,19 +218,26 @@ class SINGD(FusedOptimizer):
             "fallback_weight_decay": fallback_weight_decay,
         }
         self._fused = Fused()
+        self._owners = Owners(share_updates, process_group, price)
         super().__init__(model, params, options, warn_unsupported, norms, process_group)
 
     def _new_state(self, binding: Binding, group: Group, device: torch.device) -> dict[str, Any]:
+        return self._owned_state(binding, {}, group, device)
+
+    def _fresh(
+        self, binding: Binding, state: dict[str, Any], group: Group, device: torch.device
+    ) -> dict[str, Any]:
         recipe, dtypes = binding.tap.recipe, binding.dtypes
         groups = recipe.layer.groups
         K = recipe.input_structure.eye(groups, recipe.dim_in, dtypes[0], device)
         C = recipe.output_structure.eye(groups, recipe.dim_out, dtypes[1], device)
         return {"K": K, "C": C, "m_K": torch.zeros_like(K), "m_C": torch.zeros_like(C)}
 
-    def _basis(self, binding: Binding, state: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        return state["K"], state["C"]
+    def _basis(self, binding: Binding, state: dict[str, Any]) -> tuple[Tensor, Tensor] | None:
+        return (state["K"], state["C"]) if "K" in state else None
 
     def _check_binding(self, binding: Binding, group: Group) -> None:
+        check_owned(binding, self.sharing)
         recipe = binding.tap.recipe
         spaces = (recipe.input_structure, recipe.output_structure)
         if group["exponent"] != 1 and any(space.reads != "diagonal" for space in spaces):
@@ -237,7 +258,6 @@ class SINGD(FusedOptimizer):
         }
         ikfac = group["kfac_like"]
         if group["init"] == "curvature" and not state.get("started"):
-            state["started"] = True
             for factor, start in zip(
                 (K, C),
                 initial_factors(sides["K"], sides["C"], group["damping"], ikfac),
@@ -245,7 +265,7 @@ class SINGD(FusedOptimizer):
             ):
                 factor.copy_(start)
             return
-        alpha = 0.0 if ikfac else group["alpha1"]
+        alpha = _alpha(group)
         steps = Steps(
             alpha, self._beta(state, group), group["normalize_lr_cov"], group["factor_clip"]
         )
@@ -256,6 +276,15 @@ class SINGD(FusedOptimizer):
             state[name].copy_(factor)
             if alpha:
                 state[f"m_{name}"].copy_(m)
+
+    def _count_update(self, state: dict[str, Any], group: Group) -> None:
+        super()._count_update(state, group)
+        if group["init"] == "curvature":
+            state["started"] = True
+
+    def _updated(self, state: dict[str, Any], group: Group) -> list[Tensor]:
+        keys = ("K", "C", "m_K", "m_C") if _alpha(group) else ("K", "C")
+        return [state[key] for key in keys]
 
     def _beta(self, state: dict[str, Any], group: Group) -> float:
         lr_cov: float | Callable[[int], float] = group["lr_cov"]

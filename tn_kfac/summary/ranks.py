@@ -4,22 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import singledispatch
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from tn_kfac.optim import checks
-from tn_kfac.optim.base import KroneckerOptimizer
+from tn_kfac.optim import KFAC, SINGD, checks
 from tn_kfac.optim.binding import Binding
 from tn_kfac.optim.inverses import COLD_ITERATIONS
-from tn_kfac.optim.owners import costs, owners
+from tn_kfac.optim.owned import OwnedOptimizer
+from tn_kfac.optim.owners import owners
+from tn_kfac.optim.pending import BESIDE
+from tn_kfac.optim.shared_inverses import costs
+from tn_kfac.optim.shared_updates import price, update_cost
 
 FLOPS = {"eigh": 9, "qr": 7, "cholesky": 1, "newton-schulz": 4 * COLD_ITERATIONS}
 """Of a decomposition, for each b³ (Golub and Van Loan, Matrix Computations, Sections 8.3 and 4.2);
 of Newton-Schulz from a multiple of I, after which a few iterations do."""
 META = torch.device("meta")
+Options = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -33,43 +38,56 @@ class RankCosts:
         world_size: W, the number of ranks.
         statistics_bytes: All-reduced in a step that updates all factors.
         statistics_bytes_per_step: The same on average, by the intervals T.
-        factor_bytes: Factors with their momenta or moments, on every rank.
-        inverse_bytes: Inverses or eigenbases.
-        broadcast_bytes: In a step in which all owners send what they computed: inverses, or with
-            share_inverses="gradients" preconditioned gradients.
+        factor_bytes: Factors with their momenta or moments, as far as they are on every rank.
+        owned_bytes: What owners may keep for themselves: KFAC's inverses or eigenbases (twice if
+            there is a `lag`); with share_updates="gradients" SINGD's factors and momenta.
+        broadcast_bytes: In a step in which all owners send what they computed: inverses,
+            SINGD's factors and momenta, or preconditioned gradients.
         broadcast_bytes_per_step: The same on average: inverses by the intervals T_inverse,
-            preconditioned gradients in every step.
-        decomposition_flops: When all inverses are computed anew; roughly, by `FLOPS`.
-        decomposition_share: The part of all decompositions that this rank computes.
+            SINGD's factors by T, preconditioned gradients in every step.
+        owned_flops: Of the work that can be shared out, if all of it is due: KFAC's new inverses,
+            roughly, by `FLOPS`; the matrix products of an update of SINGD's factors that are not
+            diagonal.
+        owned_share: The part of that work that this rank does.
     """
 
     world_size: int
     statistics_bytes: int
     statistics_bytes_per_step: float
     factor_bytes: int
-    inverse_bytes: int
+    owned_bytes: int
     broadcast_bytes: int
     broadcast_bytes_per_step: float
-    decomposition_flops: int
-    decomposition_share: float
+    owned_flops: int
+    owned_share: float
 
 
-@dataclass(frozen=True)
-class _Layer:
-    """What one layer takes; of its inverse for A and G apart."""
+class _Work(NamedTuple):
+    """A piece of work that has one owner, if ranks share.
 
-    statistics: int
-    T: int
-    factors: int
-    inverses: tuple[int, int]
-    sent: tuple[int, int]
-    direction: int
-    T_inverse: int
-    cubes: tuple[int, int]
+    Attributes:
+        price: By which it is shared out.
+        flops: What it takes.
+        kept: Bytes of what is found, where that is kept.
+        sent: Bytes of what the owner sends.
+        interval: How often, in steps.
+    """
+
+    price: int
     flops: int
+    kept: int
+    sent: int
+    interval: int
 
 
-def rank_costs(optimizer: KroneckerOptimizer, world_size: int) -> RankCosts:
+class _Held(NamedTuple):
+    """Bytes of a layer's factors, and the work that ranks can share."""
+
+    factors: int
+    works: list[_Work]
+
+
+def rank_costs(optimizer: OwnedOptimizer, world_size: int) -> RankCosts:
     """What an optimizer would cost each of `world_size` data-parallel ranks.
 
     Nothing is computed, so a model on the meta device serves as well; parameters, their gradients
@@ -87,72 +105,94 @@ def rank_costs(optimizer: KroneckerOptimizer, world_size: int) -> RankCosts:
         TypeError: If an argument has the wrong type.
         ValueError: If world_size is not positive.
     """
-    if not isinstance(optimizer, KroneckerOptimizer):
+    if not isinstance(optimizer, OwnedOptimizer):
         raise TypeError(f"optimizer must be a SINGD or a KFAC, got {type(optimizer).__name__}")
     checks.interval("world_size", world_size)
     where = optimizer._where()
-    groups = [optimizer.param_groups[where[b.parameters[0]]] for b in optimizer._bindings]
-    layers = [_layer(optimizer, *pair) for pair in zip(optimizer._bindings, groups, strict=True)]
+    layers = [(b, optimizer.param_groups[where[b.parameters[0]]]) for b in optimizer._bindings]
+    sums = [(_statistics(binding), _interval(group["T"])) for binding, group in layers]
+    held = [_held(optimizer, *layer) for layer in layers]
+    works = [work for layer in held for work in layer.works]
     together = world_size > 1
-    inverse_bytes, share, sent = _shared(layers, optimizer.sharing, world_size)
-    cubes = [sum(layer.cubes) * layer.flops for layer in layers]
+    kept, flops, sent = _shared(works, optimizer.sharing if together else False, world_size)
+    total = sum(work.flops for work in works)
     return RankCosts(
         world_size,
-        together * sum(layer.statistics for layer in layers),
-        together * sum(layer.statistics / layer.T for layer in layers),
-        sum(layer.factors for layer in layers),
-        inverse_bytes,
-        sum(size for size, _ in sent),
-        sum(size / interval for size, interval in sent),
-        round(share * sum(cubes)),
-        share,
+        together * sum(size for size, _ in sums),
+        together * sum(size / interval for size, interval in sums),
+        sum(layer.factors for layer in held),
+        kept,
+        sum(work.sent for work in sent),
+        sum(work.sent / work.interval for work in sent),
+        flops,
+        flops / total if total else 0.0,
     )
 
 
-def _shared(
-    layers: Sequence[_Layer], sharing: Any, ranks: int
-) -> tuple[int, float, list[tuple[int, int]]]:
-    """Bytes of inverses, part of the work, and (bytes sent, interval) of each message part."""
-    total = sum(sum(layer.cubes) for layer in layers)
-    everything = sum(sum(layer.inverses) for layer in layers)
+def _shared(works: Sequence[_Work], sharing: Any, ranks: int) -> tuple[int, int, Sequence[_Work]]:
+    """The most that a rank keeps (bytes) and does (FLOPs), and the work whose results are sent."""
     loads = [0] * ranks
-    if ranks == 1 or not sharing:
-        return everything, 1.0 if total else 0.0, []
-    if sharing == "inverses":
-        cubes = [cube for layer in layers for cube in layer.cubes]
-        places = owners(cubes, loads)
-        sizes = ((size, layer.T_inverse) for layer in layers for size in layer.sent)
-        sent = [part for part, at in zip(sizes, places, strict=True) if at is not None]
-        return everything, max(loads) / max(total, 1), sent
-    places = owners([sum(layer.cubes) for layer in layers], loads)
-    kept = [0] * ranks
-    for layer, owner in zip(layers, places, strict=True):
-        for rank in range(ranks) if owner is None else (owner,):
-            kept[rank] += sum(layer.inverses)
-    sent = [(lay.direction, 1) for lay, at in zip(layers, places, strict=True) if at is not None]
-    return max(kept), max(loads) / max(total, 1), sent
+    places = owners([w.price for w in works], loads) if sharing else [None for _ in works]
+    kept, flops = [0] * ranks, [0] * ranks
+    for work, owner in zip(works, places, strict=True):
+        everybody = range(ranks)
+        for rank in everybody if owner is None else (owner,):
+            flops[rank] += work.flops
+        for rank in everybody if owner is None or sharing != "gradients" else (owner,):
+            kept[rank] += work.kept
+    sent = [work for work, owner in zip(works, places, strict=True) if owner is not None]
+    return max(kept), max(flops), sent
 
 
-def _layer(optimizer: KroneckerOptimizer, binding: Binding, group: dict[str, Any]) -> _Layer:
-    recipe = binding.tap.recipe
+@singledispatch
+def _held(optimizer: Any, binding: Binding, group: Options) -> _Held:
+    """What a layer takes."""
+    raise AssertionError(type(optimizer))
+
+
+@_held.register
+def _(optimizer: SINGD, binding: Binding, group: Options) -> _Held:
+    recipe, state = binding.tap.recipe, optimizer._fresh(binding, {}, group, META)
+    size, sent = _bytes(state.values()), _bytes(optimizer._updated(state, group))
+    cost, flops = price(recipe), 2 * update_cost(recipe)
+    if optimizer.sharing == "gradients":
+        return _Held(0, [_Work(cost, flops, size, _direction(binding), 1)])
+    return _Held(size, [_Work(cost, flops, 0, sent, _interval(group["T"]))])
+
+
+@_held.register
+def _(optimizer: KFAC, binding: Binding, group: Options) -> _Held:
     state = optimizer._new_state(binding, group, META)
     inverse = optimizer._fresh(binding, state, group, META)
-    kept = {key: value for key, value in state.items() if key not in inverse}
-    sides = [[v for k, v in inverse.items() if k.startswith(side)] for side in "AG"]
-    exact = [[v.to(torch.promote_types(v.dtype, torch.float32)) for v in side] for side in sides]
-    matrix = (recipe.layer.groups, recipe.dim_out, recipe.dim_in)
-    promoted = torch.promote_types(binding.parameters[0].dtype, binding.dtypes[1])
-    return _Layer(
-        statistics=sum(map(prod, recipe.probe_shapes())) * binding.tap.dtype.itemsize,
-        T=_interval(group["T"]),
-        factors=_bytes(kept.values()),
-        inverses=(_bytes(sides[0]), _bytes(sides[1])),
-        sent=(_bytes(exact[0]), _bytes(exact[1])),
-        direction=prod(matrix) * promoted.itemsize,
-        T_inverse=_interval(group.get("T_inverse", 1)),
-        cubes=costs(recipe) if inverse else (0, 0),
-        flops=FLOPS[group.get("inverse", "eigh")],
-    )
+    sides = [[v for key, v in inverse.items() if key.startswith(side)] for side in "AG"]
+    copies = 2 if group["lag"] else 1
+    found = [
+        _Work(
+            cubes,
+            cubes * FLOPS[group["inverse"]],
+            copies * _bytes(side),
+            _bytes(v.to(torch.promote_types(v.dtype, torch.float32)) for v in side),
+            _interval(group["T_inverse"]),
+        )
+        for side, cubes in zip(sides, costs(binding.tap.recipe), strict=True)
+    ]
+    factors = _bytes(v for k, v in state.items() if k.removeprefix(BESIDE) not in inverse)
+    if optimizer.sharing == "gradients":
+        cubes, flops, kept, *_ = map(sum, zip(*found, strict=True))
+        found = [_Work(cubes, flops, kept, _direction(binding), 1)]
+    return _Held(factors, found)
+
+
+def _direction(binding: Binding) -> int:
+    """Bytes of a layer's preconditioned gradient matrix."""
+    recipe = binding.tap.recipe
+    dtype = torch.promote_types(binding.parameters[0].dtype, binding.dtypes[1])
+    return recipe.layer.groups * recipe.dim_out * recipe.dim_in * dtype.itemsize
+
+
+def _statistics(binding: Binding) -> int:
+    """Bytes of what is measured of a layer."""
+    return sum(map(prod, binding.tap.recipe.probe_shapes())) * binding.tap.dtype.itemsize
 
 
 def _interval(T: int | Callable[[int], int]) -> int:

@@ -1,4 +1,4 @@
-"""Inverses shared out over ranks by cost: the same steps as one process makes."""
+"""Work shared out over ranks by cost: the same steps as one process makes."""
 
 import pytest
 import torch
@@ -6,15 +6,15 @@ from launching import launch
 from optimizers import two_layers
 from torch import nn
 
-from tn_kfac import KFAC
+from tn_kfac import KFAC, SINGD
 from tn_kfac.optim.owners import owners
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_shared_is_one_process(tmp_path, ranks):
-    """Parameters, for both ways of sharing; who decomposes and keeps what; resumed runs."""
+    """Parameters, for all ways of sharing; who computes and keeps what; messages; resumed runs."""
     said = launch("sharing.py", ranks, tmp_path)
-    assert len(said[0]) == {2: 32, 4: 4}[ranks]
+    assert len(said[0]) == {2: 61, 4: 10}[ranks]
     wrong = {
         trial: [found[trial] for found in said]
         for trial in said[0]
@@ -30,13 +30,23 @@ def test_owners_by_cost():
     assert loads == [12, 9]
 
 
-@pytest.mark.parametrize("sharing", [False, "inverses", "gradients"])
-def test_one_process_shares_nothing(digits, sharing):
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        (KFAC, {"share_inverses": False}),
+        (KFAC, {"share_inverses": "inverses"}),
+        (KFAC, {"share_inverses": "gradients"}),
+        (SINGD, {"share_updates": False}),
+        (SINGD, {"share_updates": "factors"}),
+        (SINGD, {"share_updates": "gradients"}),
+    ],
+)
+def test_one_process_shares_nothing(digits, kind, options):
     """Bit for bit what it does without."""
     runs = []
-    for options in ({}, {"share_inverses": sharing}):
+    for given in ({}, options):
         model = two_layers()
-        optimizer = KFAC(model, **options)
+        optimizer = kind(model, structure="dense", **given)
         nn.functional.cross_entropy(model(digits[0][:8]), digits[1][:8]).backward()
         optimizer.step()
         runs.append([*model.parameters()])
@@ -46,7 +56,14 @@ def test_one_process_shares_nothing(digits, sharing):
 @pytest.mark.parametrize(
     "options", [{"ekfac": "ema"}, {"ekfac": "exact"}, {"lag": 1}, {"share_inverses": True}]
 )
-def test_refused(options):
+def test_inverses_refused(options):
     """What needs all inverses on all ranks."""
     with pytest.raises(ValueError, match="share_inverses"):
         KFAC(two_layers(), **({"share_inverses": "gradients"} | options))
+
+
+@pytest.mark.parametrize("structure", ["block2diagonal", ("dense", "triltoeplitz"), "auto1000"])
+def test_factors_refused(structure):
+    """Structures that read rows need all factors on all ranks."""
+    with pytest.raises(ValueError, match=r"share_updates='gradients'.*layer '1'.*structure='"):
+        SINGD(two_layers(), structure=structure, share_updates="gradients")
