@@ -8,7 +8,7 @@ the whole batch is that of the summed statistics; gradients are the wrapper's to
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -17,8 +17,7 @@ from torch import Tensor, distributed
 from tn_kfac.curvature import LayerTap
 
 MESSAGE = 2**25
-"""Bytes of statistics in one message, as many as DistributedDataParallel has of gradients: enough
-for the speed of any network, few enough to have something to do while others are on their way."""
+"""Bytes of statistics in one message, about as many as DistributedDataParallel has of gradients."""
 Group = Any  # None, False, or a distributed.ProcessGroup, where torch is built with it
 
 
@@ -100,23 +99,22 @@ class Sums:
         self._on_way.clear()
 
 
-def _messages(taps: Iterable[LayerTap], most: int) -> list[list[Statistics]]:
+def _messages(taps: Iterable[LayerTap], most: int) -> Iterator[list[Statistics]]:
     """Taps with their weighted statistics, by the message that they travel in."""
-    found: list[list[Statistics]] = []
-    last: dict[tuple[torch.dtype, torch.device], tuple[int, int]] = {}
+    waiting: dict[tuple[torch.dtype, torch.device], list[Statistics]] = {}
+    sizes: dict[tuple[torch.dtype, torch.device], int] = defaultdict(int)
     for tap in taps:
         sums = _weighted(tap)
         if not tap.has_statistics:
             tap.replace(sums)
         kind = sums[0].dtype, sums[0].device
         size = sum(part.numel() * part.element_size() for part in sums)
-        at, before = last.get(kind, (0, most))
-        if before + size > most:
-            at, before = len(found), 0
-            found.append([])
-        found[at].append((tap, sums))
-        last[kind] = at, before + size
-    return found
+        if kind in waiting and sizes[kind] + size > most:
+            yield waiting.pop(kind)
+            sizes[kind] = 0
+        waiting.setdefault(kind, []).append((tap, sums))
+        sizes[kind] += size
+    yield from waiting.values()
 
 
 def from_owners(parts: Sequence[tuple[int | None, Tensor]], group: Group) -> list[Tensor]:
