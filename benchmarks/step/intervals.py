@@ -119,9 +119,9 @@ def table(rows: Sequence[Row], facts: dict[str, Any]) -> str:
         "| state, MiB |",
         f"| --- | --- | {' | '.join(['---:'] * (5 + len(heads)))} |",
     ]  # fmt: skip
-    base = {row["model"]: row for row in rows if row["optimizer"] == "SGD"}
+    plain = {row["model"]: row for row in rows if row["optimizer"] == "SGD"}
     for row in rows:
-        first = base[row["model"]]
+        first = plain[row["model"]]
         when = f" (at {row['commit']})" if "commit" in row else ""
         name = f"| {row['model']} | {row['optimizer']}{when} |"
         if row is first:
@@ -130,8 +130,9 @@ def table(rows: Sequence[Row], facts: dict[str, Any]) -> str:
         elif "failed" in row:
             lines.append(f"{name} {row['failed']} | | {'| ' * len(heads)}| | |")
         else:
-            parts = [row[kind] / first["plain"] for kind in ("plain", "factors", "inverses")]
-            parts += [average(row, *pair) / first["plain"] for pair in INTERVALS]
+            base = row.get("sgd", first["plain"])
+            parts = [row[kind] / base for kind in ("plain", "factors", "inverses")]
+            parts += [average(row, *pair) / base for pair in INTERVALS]
             cells = " | ".join(f"{part:.2f}x" for part in parts)
             memory = f"{row['peak'] / first['peak']:.2f}x | {row['state'] / 2**20:.0f}"
             lines.append(f"{name} {cells} | {memory} |")
@@ -158,6 +159,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         network = NETWORKS[name]
         network = replace(network, batch=args.batch or network.batch)
         rows.append({"model": name, **sgd(network)})
+        base = rows[-1]["plain"]
         for variant in args.optimizers:
             release()
             try:
@@ -166,7 +168,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 if not is_out_of_memory(error):
                     raise
                 row = {"failed": "out of memory"}
-            rows.append({"model": name, "optimizer": variant, **row})
+            rows.append({"model": name, "optimizer": variant, "sgd": base, **row})
             args.output.write_text(json.dumps({**facts, "rows": rows}, indent=1) + "\n")
             args.output.with_suffix(".md").write_text(table(rows, facts))
     print(args.output.with_suffix(".md").read_text())

@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from tn_kfac.kernels.products import parted
 from tn_kfac.optim.inverses import (
     COLD_ITERATIONS,
     Request,
@@ -221,3 +222,30 @@ def test_orthogonal_step_of_what_is_not_finite():
     values, basis = orthogonal_step(matrix, torch.eye(4, dtype=DTYPE).expand(2, 4, 4))
     assert values[0].isnan().all() and basis[0].isnan().all()
     assert values[1].isfinite().all() and basis[1].isfinite().all()
+
+
+@pytest.mark.parametrize(("damping", "error"), [(1e-1, 0.05), (1e-2, 0.05), (1e-6, None)])
+def test_products_of_parts_follow_a_moving_average(monkeypatch, damping, error):
+    """As on a GPU, of features whose variances span six decades; ill-conditioned, all is finite."""
+    monkeypatch.setattr("tn_kfac.optim.inverses.product", parted)
+    dim, new = 128, 0.05
+    generator = torch.Generator().manual_seed(0)
+    basis = torch.linalg.qr(torch.randn(dim, dim, generator=generator, dtype=DTYPE)).Q
+    spread = torch.logspace(0, -3, dim, dtype=DTYPE)
+
+    def features() -> Tensor:
+        return torch.randn(dim, dim, generator=generator, dtype=DTYPE) * spread @ basis.mT
+
+    average, X = torch.zeros(dim, dim, dtype=DTYPE), torch.eye(dim)[None]
+    for step in range(30):
+        x = features()
+        average = (1 - new) * average + new * x.mT @ x / dim
+        B = average / (1 - (1 - new) ** (step + 1))
+        B = B + damping * B.diagonal().mean() * torch.eye(dim, dtype=DTYPE)
+        iterations = warm_iterations(None if not step else new)
+        (X,) = newton_inverse(B.float()[None], X, iterations)
+    assert (torch.linalg.eigvalsh(X[0].double()) > 0).all()
+    if error:
+        gradient = features()[:4].mT
+        exact = torch.linalg.solve(B, gradient)
+        assert (X[0].double() @ gradient - exact).norm() <= error * exact.norm()

@@ -228,7 +228,9 @@ def newton_inverse(stack: Tensor, last: Tensor, iterations: int) -> tuple[Tensor
     it is the inverse of something more damped.
 
     Of large float32 matrices on a GPU products are off by up to 4e-5 (`kernels.products`):
-    R is, times the norms of B and X.
+    R is, times the norms of B and X. In averages of which 5 % are new, preconditioned gradients
+    were 2 % off for a condition number of 1e3 (as in float32), 24 % for 1e4 (float32: 4 %), and as
+    of something much more damped for 1e5 (float32: 22 %).
     """
     eye = torch.eye(stack.shape[-1], dtype=stack.dtype, device=stack.device)
     cold = eye / _norm(stack)
