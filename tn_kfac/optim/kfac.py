@@ -68,8 +68,8 @@ class KFAC(OwnedOptimizer):
         exponent: 1 for the natural gradient, or 1/2 for inverse square roots.
         ekfac: "exact" (or True): second moments of each example's gradient (of each call's, where
             a layer is called twice), of layers with rows (embeddings and norms keep their
-            Kronecker eigenvalues). "ema": of the batch's gradient, as in Adam, whose scale is
-            smaller by the batch size.
+            Kronecker eigenvalues). "ema": of the batch's gradient, as in Adam, in every step,
+            whatever T; their scale is smaller by the batch size.
         stagger: Whether layers take turns, so that no step has all inverses to compute. Until
             its first turn, a layer's factors count as multiples of I.
         lag: Steps after which new inverses are used (a layer's first ones at once; none later than
@@ -214,21 +214,25 @@ class KFAC(OwnedOptimizer):
     def _update_factors(
         self, state: dict[str, Any], captured: Measured, binding: Binding, group: Group
     ) -> None:
-        recipe = binding.tap.recipe
         update_averages(state, captured.factors, group["factor_decay"])
-        if not state["inverted"] or "moments" not in state:
-            return
-        moments = captured.moments
-        if moments is None:
+        if captured.moments is not None and state["inverted"]:
+            update_moments(state, captured.moments, group["factor_decay"])
+
+    def _take_in_gradients(self, active: Sequence[Active]) -> None:
+        """Second moments of the batch's gradients, which every step has."""
+        for binding, group, state, _ in active:
+            if group["ekfac"] != "ema" or not state["inverted"]:
+                continue
+            recipe = binding.tap.recipe
             spaces = (recipe.input_structure, recipe.output_structure)
             gradient = binding.gradient_matrix(lambda _, gradient: gradient)
-            bases = (state["A_basis"], state["G_basis"])
-            moments = to_basis(gradient, spaces, bases).square()
-        update_moments(state, moments, group["factor_decay"])
+            moments = to_basis(gradient, spaces, (state["A_basis"], state["G_basis"])).square()
+            update_moments(state, moments, group["factor_decay"])
 
     def _refresh(self, active: Sequence[Active]) -> None:
         """New inverses of all layers whose turn it is, together."""
         kept = [layer for layer in active if self._keeps(layer.binding)]
+        self._take_in_gradients(kept)
         layers = [(self._layer(b, state), group) for b, group, state, _ in kept]
         self._pending.adopt([layer for layer, _ in layers])
         due = []
