@@ -154,6 +154,15 @@ def _kfac(**fixed: Any) -> Entry:
     return Entry(_ours(KFAC), spaces.KFAC, {}, fixed, averages=True)
 
 
+ADAM_IN_EIGENBASIS: Options = {
+    "ekfac": "ema", "exponent": 0.5, "damping": 1e-16, "kl_clip": None, "inverse": "qr",
+    "T_inverse": 1, "precondition": "momentum", "average_momentum": True, "nesterov": True,
+    "decoupled_weight_decay": True, "fallback": "adamw",
+}  # fmt: skip
+"""Of KFAC: Adam in the eigenbasis of the factors, as SOAP is in that of Shampoo's, with 1e-8 for ε
+(https://arxiv.org/abs/2409.11321)."""
+
+
 OPTIMIZERS: dict[str, Entry] = {
     "SGD": Entry(
         _torch(torch.optim.SGD, momentum=0.9, nesterov=True), spaces.SGD,
@@ -184,4 +193,11 @@ OPTIMIZERS: dict[str, Entry] = {
     "SINGD dense T=10": _singd(structure="dense", T=10),
     "KFAC": _kfac(),
     "EKFAC": _kfac(ekfac=True),
+    "EKFAC Adam": Entry(
+        _ours(KFAC), spaces.MUON, {"lr": 1e-2}, ADAM_IN_EIGENBASIS, averages=True
+    ),
+    "EKFAC Adam mc": Entry(
+        _ours(KFAC), spaces.MUON, {"lr": 1e-2}, ADAM_IN_EIGENBASIS | {"fisher": "mc"},
+        averages=True,
+    ),
 }  # fmt: skip
