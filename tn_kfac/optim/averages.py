@@ -17,19 +17,30 @@ State = dict[str, Any]
 
 
 def update_averages(state: State, factors: Factors, decay: float) -> None:
-    """A ← β A + (1 − β) Â, G likewise, and their weight; none of them if one is not finite."""
-    fits = torch.isfinite(factors.A).all() & torch.isfinite(factors.G).all()
-    for key, new in (("A", factors.A), ("G", factors.G)):
+    """A ← β A + (1 − β) Â, G likewise, and their weight; none of them if one is not finite.
+
+    With n weights, these are n layers.
+    """
+    count = len(state["weight"])
+    fits = _finite(factors.A, count) & _finite(factors.G, count)
+    for key, new in (("A", factors.A), ("G", factors.G), ("weight", 1.0)):
         _average(state[key], new, decay, fits)
-    _average(state["weight"], torch.ones_like(state["weight"]), decay, fits)
 
 
 def update_moments(state: State, moments: Tensor, decay: float) -> None:
     """The same for second moments in the eigenbasis."""
-    fits = torch.isfinite(moments).all()
-    _average(state["moments"], moments, decay, fits)
-    _average(state["moments_weight"], torch.ones_like(state["moments_weight"]), decay, fits)
+    fits = _finite(moments, len(state["moments_weight"]))
+    for key, new in (("moments", moments), ("moments_weight", 1.0)):
+        _average(state[key], new, decay, fits)
 
 
-def _average(average: Tensor, new: Tensor, decay: float, fits: Tensor) -> None:
-    average.copy_(torch.where(fits, average.lerp(new.to(average.dtype), 1.0 - decay), average))
+def _finite(tensor: Tensor, count: int) -> Tensor:
+    """Whether all entries of each of `count` layers are finite, (count)."""
+    return torch.linalg.vector_norm(tensor.reshape(count, -1), torch.inf, dim=1).isfinite()
+
+
+def _average(average: Tensor, new: Tensor | float, decay: float, fits: Tensor) -> None:
+    if isinstance(new, Tensor):
+        new = new.to(average.dtype)
+    fits = fits.reshape(-1, *(1 for _ in average.shape[1:]))
+    average.lerp_(torch.where(fits, new, average), 1.0 - decay)

@@ -149,14 +149,20 @@ class KroneckerOptimizer(HookedOptimizer):
 
     def _take_in(self, measured: Sequence[Active], scale: Tensor | None) -> None:
         """Update the factors of layers that were measured, of a loss times `scale`."""
-        for binding, group, state, _ in measured:
-            self._sums.arrive(binding.tap)
-            found = binding.tap.measured()
-            assert found is not None
-            if scale is not None and binding.tap.recipe.fisher == "empirical":
-                found = found.unscaled(scale)
-            self._update_factors(state, found, binding, group)
+        for layer in measured:
+            binding, group, state, _ = layer
+            self._update_factors(state, self._measured(layer, scale), binding, group)
             self._count_update(state, group)
+
+    def _measured(self, layer: Active, scale: Tensor | None) -> Measured:
+        """What was measured of a layer, of a loss times `scale`, and of the loss."""
+        tap = layer.binding.tap
+        self._sums.arrive(tap)
+        found = tap.measured()
+        assert found is not None
+        if scale is None or tap.recipe.fisher != "empirical":
+            return found
+        return found.unscaled(scale)
 
     def _step_layers(self, active: Sequence[Active], counted: Sequence[bool]) -> None:
         """Step all parameters; for a layer that waits for its measurement the step counts not."""

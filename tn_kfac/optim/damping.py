@@ -69,7 +69,7 @@ def kronecker_eigenvalues(state: State) -> Tensor:
     products = state["G_values"][..., :, None] * state["A_values"][..., None, :]
     if "moments" not in state:
         return products
-    weight = state["moments_weight"]
+    weight = state["moments_weight"][:, None, None]
     tiny = torch.finfo(weight.dtype).tiny
     return torch.where(weight > 0, state["moments"] / weight.clamp(min=tiny), products)
 

@@ -13,21 +13,21 @@ from tn_kfac.curvature.likelihood import loss_module
 from tn_kfac.curvature.statistics import Fisher
 from tn_kfac.optim import adaptive as adapting
 from tn_kfac.optim import checks, intervals, pending, refresh
+from tn_kfac.optim.alike import AlikeOptimizer
 from tn_kfac.optim.averages import update_averages, update_moments
 from tn_kfac.optim.binding import Active, Binding
-from tn_kfac.optim.damping import by_inverses, in_eigenbasis, to_basis
+from tn_kfac.optim.damping import by_inverses, in_eigenbasis
 from tn_kfac.optim.groups import Group
 from tn_kfac.optim.inverses import EIGEN, Inverse, warm_iterations
 from tn_kfac.optim.kfac_options import OPTION_CHECKS, SHARING, check_layer, checked, damping_now
 from tn_kfac.optim.notice import Notice
-from tn_kfac.optim.owned import OwnedOptimizer
 from tn_kfac.optim.owners import Owners
 from tn_kfac.optim.ranks import ranks_of
 from tn_kfac.optim.shared_inverses import costs
 from tn_kfac.optim.singd import Structures
 
 
-class KFAC(OwnedOptimizer):
+class KFAC(AlikeOptimizer):
     r"""Kronecker-factored approximate curvature, with a fallback for all the rest.
 
     The gradient G of each layer's weight (with its bias as an extra column) is multiplied by the
@@ -103,9 +103,9 @@ class KFAC(OwnedOptimizer):
     rule: ClassVar[str] = "kfac"
     factor_names: ClassVar[tuple[str, str]] = ("A", "G")
     built_in: ClassVar[tuple[str, ...]] = (
-        *OwnedOptimizer.built_in, "inverse", "ekfac", "exponent", "max_dim",
+        *AlikeOptimizer.built_in, "inverse", "ekfac", "exponent", "max_dim",
     )  # fmt: skip
-    option_checks: ClassVar[dict[str, checks.Check]] = OwnedOptimizer.option_checks | OPTION_CHECKS
+    option_checks: ClassVar[dict[str, checks.Check]] = AlikeOptimizer.option_checks | OPTION_CHECKS
 
     def __init__(
         self,
@@ -172,7 +172,7 @@ class KFAC(OwnedOptimizer):
     def _layer(self, binding: Binding, state: dict[str, Any]) -> refresh.Layer:
         recipe = binding.tap.recipe
         spaces = (recipe.input_structure, recipe.output_structure)
-        return refresh.Layer(binding.site.name, state, spaces, (recipe.dim_in, recipe.dim_out))
+        return refresh.Layer((binding.site.name,), state, spaces, (recipe.dim_in, recipe.dim_out))
 
     def _new_state(self, binding: Binding, group: Group, device: torch.device) -> dict[str, Any]:
         recipe, dtypes = binding.tap.recipe, binding.dtypes
@@ -217,17 +217,6 @@ class KFAC(OwnedOptimizer):
         update_averages(state, captured.factors, group["factor_decay"])
         if captured.moments is not None and state["inverted"]:
             update_moments(state, captured.moments, group["factor_decay"])
-
-    def _take_in_gradients(self, active: Sequence[Active]) -> None:
-        """Second moments of the batch's gradients, which every step has."""
-        for binding, group, state, _ in active:
-            if group["ekfac"] != "ema" or not state["inverted"]:
-                continue
-            recipe = binding.tap.recipe
-            spaces = (recipe.input_structure, recipe.output_structure)
-            gradient = binding.gradient_matrix(lambda _, gradient: gradient)
-            moments = to_basis(gradient, spaces, (state["A_basis"], state["G_basis"])).square()
-            update_moments(state, moments, group["factor_decay"])
 
     def _refresh(self, active: Sequence[Active]) -> None:
         """New inverses of all layers whose turn it is, together."""

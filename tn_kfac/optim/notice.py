@@ -23,14 +23,13 @@ class Notice:
         self._key = next(_keys)
         _notices[self._key] = self
 
-    def watch(self, names: Sequence[str], fits: Sequence[Tensor]) -> list[Tensor]:
-        """Note which of the named factors fit, (groups) each; returns the same flags.
+    def watch(self, names: Sequence[Sequence[str]], fits: Sequence[Tensor]) -> list[Tensor]:
+        """Note which of the named factors fit, (groups) names and flags each; returns the flags.
 
         The host waits for them on a CPU alone; on a GPU a warning comes with a later call.
         """
         flags = torch.cat(list(fits))
-        counted = [name for name, own in zip(names, fits, strict=True) for _ in range(len(own))]
-        flags = _watched(self._key, "\n".join(counted), flags)
+        flags = _watched(self._key, "\n".join(name for own in names for name in own), flags)
         return list(flags.split([len(own) for own in fits]))
 
     def note(self, names: list[str], flags: Tensor) -> None:

@@ -21,9 +21,10 @@ State = dict[str, Any]
 
 
 class Layer(NamedTuple):
-    """A layer whose averages A and G are in its state."""
+    """A layer, or several that are alike, whose averages A and G are in the state."""
 
-    name: str
+    names: tuple[str, ...]
+    """Of each of its layers; of one, or as many as there are channel groups."""
     state: State
     spaces: tuple[Structure, Structure]
     dims: tuple[int, int]
@@ -32,7 +33,8 @@ class Layer(NamedTuple):
         """The debiased moving average of a factor, (groups, *coordinates)."""
         weight = self.state["weight"]
         average = self.state[SIDES[side]]
-        return average / weight.clamp(min=torch.finfo(weight.dtype).tiny).to(average.dtype)
+        weight = weight.clamp(min=torch.finfo(weight.dtype).tiny).to(average.dtype)
+        return average / weight.reshape(-1, *(1 for _ in average.shape[1:]))
 
     def mean(self, side: int) -> Tensor:
         """Its mean eigenvalue, (groups)."""
@@ -105,7 +107,11 @@ def hand_out(
     task: Task, found: Found, notice: Notice, take: Callable[[Layer, State], object]
 ) -> None:
     """Let `take` have each layer's new tensors: where they do not fit, the old ones."""
-    names = [f"{side} of {layer.name!r}" for layer in task.layers for side in SIDES]
+    owners = [(side, layer.names) for layer in task.layers for side in SIDES]
+    names = [
+        [f"{side} of {name!r}" for name in (own * len(fits) if len(own) == 1 else own)]
+        for (side, own), (_, fits) in zip(owners, found, strict=True)
+    ]
     fitting = iter(notice.watch(names, [fits for _, fits in found]))
     parts = iter(part for part, _ in found)
     for layer, filled in zip(task.layers, task.fits, strict=True):

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from tn_kfac.curvature import Recipe
+from tn_kfac.optim.alike import merged
 from tn_kfac.optim.damping import Damping
 from tn_kfac.optim.inverses import Request
 from tn_kfac.optim.notice import Notice
@@ -50,12 +51,9 @@ def costs(recipe: Recipe) -> tuple[int, int]:
 
 def refresh(due: Sequence[tuple[Layer, Damping, How]], notice: Notice, group: Any) -> None:
     """Decompose the factors of all layers, shared out over a group, and use what was found."""
-    found = tasks(due)
-    shared = (
-        _shared(found, group)
-        if ranks_of(group) > 1
-        else [decompose(t.requests, t.how) for t in found]
-    )
+    several = ranks_of(group) > 1
+    found = tasks(due if several else merged(due))
+    shared = _shared(found, group) if several else [decompose(t.requests, t.how) for t in found]
     for task, parts in zip(found, shared, strict=True):
         hand_out(task, parts, notice, adopt)
 

@@ -1,0 +1,155 @@
+"""Layers of equal shapes as one layer with more channel groups: fewer, larger calls.
+
+What a step does to factors it does to each channel group for itself. So the states of layers that
+are alike (the blocks of a transformer, the stages of a convolutional network) are computed
+together: their tensors lie side by side in memory, each layer has a view of its own part, and the
+whole is that of one layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tn_kfac.curvature import Factors, Measured
+from tn_kfac.optim.averages import update_moments
+from tn_kfac.optim.binding import Active
+from tn_kfac.optim.damping import Damping, to_basis
+from tn_kfac.optim.owned import OwnedOptimizer
+from tn_kfac.optim.refresh import How, Layer, inverse_keys
+from tn_kfac.optim.updates import lengthened
+
+State = dict[str, Any]
+LARGE = 1 << 22
+"""Entries of a factor that keeps a GPU busy alone: such ones stay apart, for the memory."""
+
+
+def joined(states: Sequence[State], keys: Iterable[str]) -> State:
+    """The first state, whose tensors under these keys are those of all states, (layers, …).
+
+    They are moved side by side, unless they lie so; the states have views of them from then on.
+    """
+    return {**states[0], **{key: _side_by_side(states, key) for key in keys}}
+
+
+def _side_by_side(states: Sequence[State], key: str) -> Tensor:
+    tensors: list[Tensor] = [state[key] for state in states]
+    first = tensors[0]
+    base, size, start = first._base, first.nbytes, first.data_ptr()
+    if base is not None and all(
+        tensor._base is base and tensor.data_ptr() == start + at * size
+        for at, tensor in enumerate(tensors)
+    ):
+        shape = (len(tensors) * len(first), *first.shape[1:])
+        return first.as_strided(shape, first.stride())
+    whole = torch.cat(tensors)
+    for state, part in zip(states, whole.split(len(first)), strict=True):
+        state[key] = part
+    return whole
+
+
+def classes(active: Sequence[Active]) -> list[list[Active]]:
+    """The layers, those together that may be computed as one."""
+    found: dict[Hashable, list[Active]] = {}
+    for at, layer in enumerate(active):
+        kind = at if torch.compiler.is_compiling() else _kind(at, layer)
+        found.setdefault(kind, []).append(layer)
+    return list(found.values())
+
+
+def _kind(at: int, layer: Active) -> Hashable:
+    """What layers have in common that may be computed as one; `at`, if none may be with it."""
+    binding, group, state, _ = layer
+    recipe = binding.tap.recipe
+    A, G = state["A"], state["G"]
+    if binding.sharded or len(A) != 1 or max(A.numel(), G.numel()) >= LARGE:
+        return at
+    return (
+        id(group), recipe.input_structure, recipe.output_structure, recipe.dim_in, recipe.dim_out,
+        A.dtype, G.dtype, A.device, "moments" in state, state["step"], state.get("updates", 0),
+        state["inverted"],
+    )  # fmt: skip
+
+
+def merged(due: Sequence[tuple[Layer, Damping, How]]) -> list[tuple[Layer, Damping, How]]:
+    """The layers that are due, those that are alike as one."""
+    found: dict[Hashable, list[tuple[Layer, Damping, How]]] = {}
+    for at, entry in enumerate(due):
+        layer, damping, how = entry
+        A, G = layer.state["A"], layer.state["G"]
+        key: Hashable = at
+        alone = len(A) != 1 or max(A.numel(), G.numel()) >= LARGE
+        if not (alone or torch.compiler.is_compiling()):
+            number = id(damping) if isinstance(damping, Tensor) else damping
+            key = (
+                number, how, layer.spaces, A.shape, G.shape, A.dtype, G.dtype, A.device,
+                "moments" in layer.state,
+            )  # fmt: skip
+        found.setdefault(key, []).append(entry)
+    return [entries[0] if len(entries) == 1 else _merged(entries) for entries in found.values()]
+
+
+def _merged(entries: Sequence[tuple[Layer, Damping, How]]) -> tuple[Layer, Damping, How]:
+    layers = [layer for layer, _, _ in entries]
+    first, damping, how = entries[0]
+    keys = ["A", "G", "weight", *inverse_keys(first.state)]
+    keys += ["moments"] if "moments" in first.state else []
+    names = tuple(name for layer in layers for name in layer.names)
+    state = joined([layer.state for layer in layers], keys)
+    return Layer(names, state, first.spaces, first.dims), damping, how
+
+
+class AlikeOptimizer(OwnedOptimizer):
+    """An optimizer with averages A and G, that computes layers which are alike as one."""
+
+    def _take_in(self, measured: Sequence[Active], scale: Tensor | None) -> None:
+        for layers in classes(measured):
+            if len(layers) == 1:
+                super()._take_in(layers, scale)
+                continue
+            found = [self._measured(layer, scale) for layer in layers]
+            factors = Factors(*map(torch.cat, zip(*(f.factors for f in found), strict=True)))
+            moments = [f.moments for f in found if f.moments is not None]
+            first, keys = layers[0], ["A", "G", "weight"]
+            keys += ["moments", "moments_weight"] if moments else []
+            state = joined([layer.state for layer in layers], keys)
+            together = Measured(factors, torch.cat(moments) if moments else None)
+            self._update_factors(state, together, first.binding, first.group)
+            for layer in layers:
+                self._count_update(layer.state, layer.group)
+
+    def _take_in_gradients(self, active: Sequence[Active]) -> None:
+        """Second moments of the batch's gradients, which every step has."""
+        wanted = [a for a in active if a.group["ekfac"] == "ema" and a.state["inverted"]]
+        for layers in classes(wanted):
+            first, recipe = layers[0], layers[0].binding.tap.recipe
+            gradients = [a.binding.gradient_matrix(lambda _, gradient: gradient) for a in layers]
+            state, matrix = first.state, gradients[0]
+            if len(layers) > 1:
+                keys = ("A_basis", "G_basis", "moments", "moments_weight")
+                state, matrix = joined([a.state for a in layers], keys), torch.cat(gradients)
+            spaces = (recipe.input_structure, recipe.output_structure)
+            moments = to_basis(matrix, spaces, (state["A_basis"], state["G_basis"])).square()
+            update_moments(state, moments, first.group["factor_decay"])
+
+    def _directions(self, active: Sequence[Active]) -> dict[Tensor, Tensor]:
+        if self._owners.apart:
+            return super()._directions(active)
+        found: dict[Tensor, Tensor] = {}
+        for layers in classes(active):
+            first, states = layers[0], [layer.state for layer in layers]
+            if len(layers) == 1:
+                found |= self._layer_directions(first)
+                continue
+            keys = inverse_keys(first.state)
+            keys += [key for key in ("moments", "moments_weight") if key in first.state]
+            matrices = [self._gradient(layer) for layer in layers]
+            together = first._replace(state=joined(states, keys))
+            directions = self._direction(together, torch.cat(matrices)).split(1)
+            for layer, matrix, direction in zip(layers, matrices, directions, strict=True):
+                lengthy = lengthened(direction, matrix, layer.state, layer.group)
+                found |= layer.binding.directions(lengthy)
+        return found
