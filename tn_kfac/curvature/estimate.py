@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tn_kfac.curvature.factors import Factors
 from tn_kfac.curvature.fisher import measure_fisher
 from tn_kfac.curvature.likelihood import loss_module
 from tn_kfac.curvature.scope import ForwardScope
 from tn_kfac.curvature.sites import Site, find_sites, untold
-from tn_kfac.curvature.statistics import Factors, Fisher, LossAverage, Recipe
+from tn_kfac.curvature.statistics import Fisher, LossAverage, Recipe
 from tn_kfac.curvature.tap import OF_THE_LOSS, LayerTap
 from tn_kfac.structures import Spec, structure
 from tn_kfac.tensor_network.convolution import require_int

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 
+from tn_kfac.curvature.factors import Factors
 from tn_kfac.curvature.sites import Site, find_sites
-from tn_kfac.curvature.statistics import Factors
 
 if TYPE_CHECKING:
     from curvlinops._torch_base import PyTorchLinearOperator

@@ -15,11 +15,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from tn_kfac.curvature.factors import Factors, Measured
 from tn_kfac.curvature.moments import second_moments
 from tn_kfac.kernels.window_gram import window_gram
 from tn_kfac.layers.base import Ask, Layer, Saved
@@ -29,36 +30,6 @@ from tn_kfac.tensor_network.rows import Approx
 Basis = tuple[Tensor, Tensor] | None
 Fisher = Literal["empirical", "mc", "type-2", "forward-only"]
 LossAverage = Literal["batch", "batch+sequence"] | None
-
-
-class Factors(NamedTuple):
-    """Normalised factors of a layer in the coordinates of their structures.
-
-    A: mean of the outer products of input rows, (groups, *coordinates).
-    G: sum of the outer products of output gradients, times the number of terms that
-       the loss averages over: the sum, over a batch of losses ℓ_n with mean loss, is
-       (1/N) Σ_n ∂ℓ_n ∂ℓ_nᵀ. Shape (groups, *coordinates).
-    """
-
-    A: Tensor
-    G: Tensor
-
-
-class Measured(NamedTuple):
-    """All that was measured of a layer.
-
-    factors: The Kronecker factors.
-    moments: The sum of the squares of each example's gradient, normalised as G is, in the basis
-       that they were measured in, (groups, d_out, d_in [+ 1]); None if they were not.
-    """
-
-    factors: Factors
-    moments: Tensor | None
-
-    def unscaled(self, scale: Tensor) -> Measured:
-        """The same of a loss that was multiplied by `scale`, without that."""
-        factors = Factors(self.factors.A, self.factors.G / scale**2)
-        return Measured(factors, None if self.moments is None else self.moments / scale**2)
 
 
 @dataclass(frozen=True)
@@ -164,9 +135,10 @@ class Recipe:
     def normalise(self, A: Tensor, G: Tensor, counts: Tensor, basis: Basis = None) -> Factors:
         """Factors from summed statistics: A over its rows, G by the terms of the loss.
 
-        `basis` is what `statistics` was given.
+        `basis` is what `statistics` was given. Counts may be those of several layers, (layers, 2):
+        one for each group.
         """
-        A = A / counts[0].clamp(min=1)  # an empty batch has no rows
+        A = A / _over(counts[..., 0].clamp(min=1), A)  # an empty batch has no rows
         if self.fisher == "forward-only":
             return Factors(A, _identity(self.output_structure, basis and basis[1], self.dim_out, G))
         return Factors(A, self.per_term(G, counts))
@@ -178,10 +150,16 @@ class Recipe:
         1/N each, so their outer products carry 1/N² and their sum wants a factor N. Gradients
         of another Fisher carry no such factor: their sum is divided by what the loss is.
         """
-        terms = counts[1]
+        terms = _over(counts[..., 1], total)
         if self.fisher != "empirical":
             return total / torch.where(terms > 0, terms, torch.ones_like(terms))
         return total if self.loss_average is None else total * terms
+
+    def measured(self, parts: Sequence[Tensor], basis: Basis = None) -> Measured:
+        """The factors, and second moments if there are any, from all summed statistics."""
+        A, G, counts, *moments = parts
+        factors = self.normalise(A, G, counts, basis)
+        return Measured(factors, self.per_term(moments[0], counts) if moments else None)
 
     def ask(self, dtype: torch.dtype) -> Ask:
         """What the layer is asked for."""
@@ -257,6 +235,11 @@ def _projected(space: Structure, parts: Iterable[Tensor], K: Tensor | None) -> T
         total = part if total is None else total + part
     assert total is not None
     return total
+
+
+def _over(numbers: Tensor, like: Tensor) -> Tensor:
+    """One number, or one for each group, to be combined with (groups, …)."""
+    return numbers.reshape(-1, *(1 for _ in like.shape[1:]))
 
 
 def _identity(space: Structure, K: Tensor | None, dim: int, like: Tensor) -> Tensor:

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from tn_kfac.curvature.compiled import register, traced_tap
+from tn_kfac.curvature.factors import Factors, Measured
 from tn_kfac.curvature.packed import PackedStatistics
 from tn_kfac.curvature.scope import InertHook, Samples
-from tn_kfac.curvature.statistics import Basis, Factors, Measured, Recipe, statistics
+from tn_kfac.curvature.statistics import Basis, Recipe, statistics
 from tn_kfac.layers.base import Saved
 
 OF_THE_LOSS = ("empirical", "forward-only")
@@ -204,11 +205,8 @@ class LayerTap:
 
     def measured(self) -> Measured | None:
         """The factors, with second moments if they are measured; None without a backward pass."""
-        factors, parts = self.factors(), self.parts
-        if factors is None or parts is None:
-            return None
-        _, _, counts, *moments = parts
-        return Measured(factors, self.recipe.per_term(moments[0], counts) if moments else None)
+        parts = self.parts
+        return None if parts is None else self.recipe.measured(parts, self.basis)
 
     def clear(self) -> None:
         """Forget all statistics."""

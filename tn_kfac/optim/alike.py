@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tn_kfac.curvature import Factors, Measured
+from tn_kfac.curvature import Measured
 from tn_kfac.optim.averages import update_moments
 from tn_kfac.optim.binding import Active
 from tn_kfac.optim.damping import Damping, to_basis
 from tn_kfac.optim.owned import OwnedOptimizer
 from tn_kfac.optim.refresh import How, Layer, inverse_keys
-from tn_kfac.optim.updates import lengthened
+from tn_kfac.optim.updates import lengthened, smoothed
 
 State = dict[str, Any]
 LARGE = 1 << 22
@@ -110,16 +110,26 @@ class AlikeOptimizer(OwnedOptimizer):
             if len(layers) == 1:
                 super()._take_in(layers, scale)
                 continue
-            found = [self._measured(layer, scale) for layer in layers]
-            factors = Factors(*map(torch.cat, zip(*(f.factors for f in found), strict=True)))
-            moments = [f.moments for f in found if f.moments is not None]
             first, keys = layers[0], ["A", "G", "weight"]
-            keys += ["moments", "moments_weight"] if moments else []
+            found = self._measured_together(layers, scale)
+            keys += ["moments", "moments_weight"] if found.moments is not None else []
             state = joined([layer.state for layer in layers], keys)
-            together = Measured(factors, torch.cat(moments) if moments else None)
-            self._update_factors(state, together, first.binding, first.group)
+            self._update_factors(state, found, first.binding, first.group)
             for layer in layers:
                 self._count_update(layer.state, layer.group)
+
+    def _measured_together(self, layers: Sequence[Active], scale: Tensor | None) -> Measured:
+        """What was measured of layers that are alike, as of one."""
+        parts = []
+        for layer in layers:
+            self._sums.arrive(layer.binding.tap)
+            found = layer.binding.tap.parts
+            assert found is not None
+            parts.append(found)
+        A, G, counts, *moments = zip(*parts, strict=True)
+        whole = (torch.cat(A), torch.cat(G), torch.stack(counts), *map(torch.cat, moments))
+        tap = layers[0].binding.tap
+        return self._unscaled(tap.recipe.measured(whole, tap.basis), tap.recipe, scale)
 
     def _take_in_gradients(self, active: Sequence[Active]) -> None:
         """Second moments of the batch's gradients, which every step has."""
@@ -146,10 +156,21 @@ class AlikeOptimizer(OwnedOptimizer):
                 continue
             keys = inverse_keys(first.state)
             keys += [key for key in ("moments", "moments_weight") if key in first.state]
-            matrices = [self._gradient(layer) for layer in layers]
+            matrices = self._gradients(layers)
             together = first._replace(state=joined(states, keys))
             directions = self._direction(together, torch.cat(matrices)).split(1)
             for layer, matrix, direction in zip(layers, matrices, directions, strict=True):
                 lengthy = lengthened(direction, matrix, layer.state, layer.group)
                 found |= layer.binding.directions(lengthy)
         return found
+
+    def _gradients(self, layers: Sequence[Active]) -> list[Tensor]:
+        """What of layers of one group is preconditioned, as matrices; momentum of all at once."""
+        group = layers[0].group
+        pairs = [(p, p.grad) for a in layers for p in a.binding.parameters if p.grad is not None]
+        if group["precondition"] == "gradient" or any(g.is_sparse for _, g in pairs):
+            return [self._gradient(layer) for layer in layers]
+        states = [self.state[p] for p, _ in pairs]
+        ready = dict(zip((p for p, _ in pairs), smoothed([g for _, g in pairs], states, group),
+                         strict=True))  # fmt: skip
+        return [layer.binding.gradient_matrix(lambda p, _: ready[p]) for layer in layers]

@@ -160,9 +160,12 @@ class KroneckerOptimizer(HookedOptimizer):
         self._sums.arrive(tap)
         found = tap.measured()
         assert found is not None
-        if scale is None or tap.recipe.fisher != "empirical":
-            return found
-        return found.unscaled(scale)
+        return self._unscaled(found, tap.recipe, scale)
+
+    @staticmethod
+    def _unscaled(found: Measured, recipe: Recipe, scale: Tensor | None) -> Measured:
+        """What was measured of a loss times `scale`, of the loss."""
+        return found if scale is None or recipe.fisher != "empirical" else found.unscaled(scale)
 
     def _step_layers(self, active: Sequence[Active], counted: Sequence[bool]) -> None:
         """Step all parameters; for a layer that waits for its measurement the step counts not."""
@@ -253,7 +256,7 @@ class KroneckerOptimizer(HookedOptimizer):
         """The gradient, or its momentum where that is preconditioned."""
         if group["precondition"] == "gradient":
             return gradient
-        return smoothed(gradient, self.state[parameter], group)
+        return smoothed([gradient], [self.state[parameter]], group)[0]
 
     def _write_all(self, directions: dict[Tensor, Tensor]) -> None:
         """Step all parameters."""

@@ -3,9 +3,11 @@
 All of it stays on the device: nothing here reads a value on the host.
 """
 
+# pyright: reportPrivateImportUsage=false
+
 from __future__ import annotations
 
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
@@ -72,18 +74,24 @@ def _product(direction: Tensor, gradient: Tensor) -> Tensor:
     return (direction.to(exact) * gradient).sum()
 
 
-def smoothed(gradient: Tensor, state: State, group: Group) -> Tensor:
-    """b ← momentum · b + g; the buffer b, or g + momentum · b if `nesterov`.
+def smoothed(gradients: Sequence[Tensor], states: Sequence[State], group: Group) -> list[Tensor]:
+    """b ← momentum · b + g; the buffers b, or g + momentum · b if `nesterov`.
 
     With `average_momentum`, 1 − momentum times that.
     """
-    momentum = group["momentum"]
+    gradients, momentum = list(gradients), group["momentum"]
     if not momentum:
-        return gradient
-    buffer = state.get("momentum_buffer")
-    if buffer is None:
-        buffer = state["momentum_buffer"] = gradient.detach().clone()
-    else:
-        buffer.mul_(momentum).add_(gradient)
-    found = gradient + momentum * buffer if group["nesterov"] else buffer
-    return found * weight_of_new(group) if group.get("average_momentum") else found
+        return gradients
+    known = [at for at, state in enumerate(states) if state.get("momentum_buffer") is not None]
+    if known:
+        old = [states[at]["momentum_buffer"] for at in known]
+        torch._foreach_mul_(old, momentum)
+        torch._foreach_add_(old, [gradients[at] for at in known])
+    for at in set(range(len(states))).difference(known):
+        states[at]["momentum_buffer"] = gradients[at].detach().clone()
+    found = [state["momentum_buffer"] for state in states]
+    if group["nesterov"]:
+        found = torch._foreach_add(gradients, found, alpha=momentum)
+    if group.get("average_momentum"):
+        return list(torch._foreach_mul(found, weight_of_new(group)))
+    return list(found)
