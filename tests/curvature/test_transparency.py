@@ -7,6 +7,7 @@ import torch
 from reference.networks import DigitNet
 from tapping import tapped
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
 
 from tn_kfac.curvature import ForwardScope, LayerTap
 from tn_kfac.layers import Layer, layer_of
@@ -147,3 +148,25 @@ def test_gradient_of_a_view_is_not_copied():
     y.grad_fn.next_functions[0][0].register_prehook(lambda gradients: seen.extend(gradients))
     y.backward(gradient)
     assert [g.data_ptr() for g in seen] == [gradient.data_ptr()]
+
+
+@pytest.mark.parametrize("shape", [(5, 3), (2, 5, 3)])
+@pytest.mark.parametrize("everywhere", [False, True])
+def test_outputs_that_others_hold(shape, everywhere):
+    """What a hook before the tap keeps is changed in place, has its gradient, and is measured."""
+    grads, factors = [], []
+    for order in (None, "before", "after"):
+        torch.manual_seed(0)
+        layer, kept, x = nn.Linear(3, 4), [], torch.randn(shape)
+        tap = tapped(layer, dtype=torch.float32) if order == "after" else None
+        register = register_module_forward_hook if everywhere else layer.register_forward_hook
+        handle = register(lambda module, args, output, kept=kept: kept.append(output))
+        if order == "before":
+            tap = tapped(layer, dtype=torch.float32)
+        (layer(x).mul_(2.0).sin().sum() + kept[0].square().sum()).backward()
+        handle.remove()
+        grads.append(layer.weight.grad)
+        if tap is not None and not (everywhere and order == "after"):
+            factors.append(torch.cat([probe.grad.flatten() for probe in tap.probes]))
+    assert all(torch.equal(grad, grads[0]) for grad in grads)
+    assert all(torch.equal(factor, factors[0]) for factor in factors)

@@ -145,3 +145,20 @@ def test_states_lie_side_by_side_and_are_saved_apart():
     for pair in ((model, optimizer), (twin, resumed)):
         train(*pair, range(3, 6))
     assert torch.equal(parameters(model), parameters(twin))
+
+
+@pytest.mark.parametrize("groups, skips", [(2, False), (1, True)])
+def test_states_stay_where_they_are(groups, skips):
+    """Neither groups that alternate nor a step that some layers miss has states moved for good."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(4)))
+    apart = [model[at::groups].parameters() for at in range(groups)]
+    optimizer = KFAC(model, [{"params": list(own)} for own in apart], T_inverse=1)
+    places = []
+    for step in range(6):
+        optimizer.zero_grad()
+        (model[::2] if skips and step == 1 else model)(torch.randn(6, 4)).sum().backward()
+        optimizer.step()
+        states = [optimizer.state[layer.weight] for layer in model]
+        places.append([s[key].data_ptr() for s in states for key in ("A", "G", "A_basis")])
+    assert places[3] == places[4] == places[5]

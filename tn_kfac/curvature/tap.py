@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.nn.modules import module as _everybody
 
 from tn_kfac.curvature.compiled import register, traced_tap
 from tn_kfac.curvature.factors import Factors, Measured
@@ -31,18 +32,22 @@ class Tap(torch.autograd.Function):
     """Identity on a layer's output, whose backward hands statistics to the probes."""
 
     @staticmethod
-    def forward(ctx: Any, output: Tensor, layer_tap: LayerTap, samples: Samples, count: int,
-                *tensors: Tensor) -> Tensor:  # fmt: skip
+    def forward(ctx: Any, output: Tensor, layer_tap: LayerTap, samples: Samples, held: bool,
+                count: int, *tensors: Tensor) -> Tensor:  # fmt: skip
         """Return `output`; of `tensors`, save the first `count`, as the layer itself does.
 
-        The others are the probes. What is returned shares memory and version with `output`, but is
-        no view of it: marked as changed in place, a view (which a linear layer of tokens returns)
-        would cost four copies of its gradient.
+        The others are the probes. An output that others may hold is returned itself, marked as
+        changed in place: what they do with it, or what is done to it in place, has its gradient
+        from here. A view (which a linear layer of tokens returns) would cost four copies of its
+        gradient then; if nobody holds it, what is returned shares its memory and version alone.
         """
         ctx.save_for_backward(*tensors[:count])
         ctx.layer_tap = layer_tap
         ctx.samples = samples
-        return output.detach()
+        if not held:
+            return output.detach()
+        ctx.mark_dirty(output)
+        return output
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
@@ -54,7 +59,7 @@ class Tap(torch.autograd.Function):
         tap.forget_discarded()
         tap.met.append(samples)
         statistics = tap.measure(saved, gradient, samples.count_once(tap.epoch))
-        return gradient, *(None,) * (3 + len(saved)), *statistics
+        return gradient, *(None,) * (4 + len(saved)), *statistics
 
 
 def _runs(node: Any) -> bool:
@@ -112,8 +117,14 @@ class LayerTap:
         if _transformed() or not self._trains(module):
             return None
         saved = self.recipe.layer.saved(module, args, kwargs) if self.recipe.has_weight else ()
-        samples = self.scope or self._samples()
-        return Tap.apply(output, self, samples, len(saved), *saved, *self.probes_on(output.device))
+        samples, probes = self.scope or self._samples(), self.probes_on(output.device)
+        held = not (output._is_view() and self._is_first(module))
+        return Tap.apply(output, self, samples, held, len(saved), *saved, *probes)
+
+    def _is_first(self, module: nn.Module) -> bool:
+        """Whether no forward hook of others has seen the output before."""
+        first = next(iter(module._forward_hooks.values()), None)
+        return first is self and not _everybody._global_forward_hooks
 
     def _traced(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any],
                 output: Tensor) -> Tensor | None:  # fmt: skip

@@ -75,7 +75,10 @@ def _kind(at: int, layer: Active) -> Hashable:
 
 
 def merged(due: Sequence[tuple[Layer, Damping, How]]) -> list[tuple[Layer, Damping, How]]:
-    """The layers that are due, those that are alike as one."""
+    """The layers that are due, those that are alike as one.
+
+    None that a step has in two classes, between which their states would be moved.
+    """
     found: dict[Hashable, list[tuple[Layer, Damping, How]]] = {}
     for at, entry in enumerate(due):
         layer, damping, how = entry
@@ -86,7 +89,8 @@ def merged(due: Sequence[tuple[Layer, Damping, How]]) -> list[tuple[Layer, Dampi
             number = id(damping) if isinstance(damping, Tensor) else damping
             key = (
                 number, how, layer.spaces, A.shape, G.shape, A.dtype, G.dtype, A.device,
-                "moments" in layer.state,
+                "moments" in layer.state, layer.group,
+                *(layer.state[key] for key in ("step", "updates", "inverted")),
             )  # fmt: skip
         found.setdefault(key, []).append(entry)
     return [entries[0] if len(entries) == 1 else _merged(entries) for entries in found.values()]

@@ -169,10 +169,10 @@ class KFAC(AlikeOptimizer):
     def _check_binding(self, binding: Binding, group: Group) -> None:
         check_layer(binding, group, self.sharing)
 
-    def _layer(self, binding: Binding, state: dict[str, Any]) -> refresh.Layer:
-        recipe = binding.tap.recipe
+    def _layer(self, binding: Binding, state: dict[str, Any], group: Group) -> refresh.Layer:
+        recipe, names = binding.tap.recipe, (binding.site.name,)
         spaces = (recipe.input_structure, recipe.output_structure)
-        return refresh.Layer((binding.site.name,), state, spaces, (recipe.dim_in, recipe.dim_out))
+        return refresh.Layer(names, state, spaces, (recipe.dim_in, recipe.dim_out), id(group))
 
     def _new_state(self, binding: Binding, group: Group, device: torch.device) -> dict[str, Any]:
         recipe, dtypes = binding.tap.recipe, binding.dtypes
@@ -203,7 +203,7 @@ class KFAC(AlikeOptimizer):
     def _fresh(
         self, binding: Binding, state: dict[str, Any], group: Group, device: torch.device
     ) -> dict[str, Any]:
-        layer = self._layer(binding, state)
+        layer = self._layer(binding, state, group)
         return refresh.new_state(layer, group["inverse"], binding.dtypes, device)
 
     def _basis(self, binding: Binding, state: dict[str, Any]) -> tuple[Tensor, Tensor] | None:
@@ -222,7 +222,7 @@ class KFAC(AlikeOptimizer):
         """New inverses of all layers whose turn it is, together."""
         kept = [layer for layer in active if self._keeps(layer.binding)]
         self._take_in_gradients(kept)
-        layers = [(self._layer(b, state), group) for b, group, state, _ in kept]
+        layers = [(self._layer(b, state, group), group) for b, group, state, _ in kept]
         self._pending.adopt([layer for layer, _ in layers])
         due = []
         for layer, group in layers:

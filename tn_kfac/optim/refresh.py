@@ -28,6 +28,8 @@ class Layer(NamedTuple):
     state: State
     spaces: tuple[Structure, Structure]
     dims: tuple[int, int]
+    group: int = 0
+    """Which of all param groups, by its identity."""
 
     def average(self, side: int) -> Tensor:
         """The debiased moving average of a factor, (groups, *coordinates)."""
