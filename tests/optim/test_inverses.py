@@ -249,3 +249,18 @@ def test_products_of_parts_follow_a_moving_average(monkeypatch, damping, error):
         gradient = features()[:4].mT
         exact = torch.linalg.solve(B, gradient)
         assert (X[0].double() @ gradient - exact).norm() <= error * exact.norm()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_newton_inverses_beyond_all_digits_start_again(seed):
+    """A jump of scale with a condition number of 1e8, in float32: nothing explodes."""
+    dim, limit = 16, 1 / torch.finfo(torch.float32).eps
+    generator = torch.Generator().manual_seed(seed)
+    basis = torch.linalg.qr(torch.randn(dim, dim, generator=generator, dtype=DTYPE)).Q
+    for condition, factor, iterations in ((8, 1e4, 3), (8, 1e2, 3), (6, 1e2, 5)):
+        spectrum = torch.logspace(0, -condition, dim, dtype=DTYPE)
+        B = ((basis * spectrum) @ basis.mT).float()[None]
+        (X,) = newton_inverse(B, B, COLD_ITERATIONS)
+        for _ in range(27):
+            (X,) = newton_inverse(factor * B, X, iterations)
+            assert X.diagonal(dim1=1, dim2=2).max() * (factor * B).norm() <= 1.01 * limit

@@ -224,8 +224,8 @@ def newton_inverse(stack: Tensor, last: Tensor, iterations: int) -> tuple[Tensor
     R is cubed by the three products of an iteration, so an inverse that a step's change left 5 %
     off is 1.3e-4 off after one. R has real eigenvalues, since B and X are positive, whose largest
     one ⁴√(tr R⁴) bounds: where that may be too large to converge, X is shrunk first. What is lost
-    none the less starts again from I / ‖B‖. From there X grows towards B⁻¹ from below: in between,
-    it is the inverse of something more damped.
+    none the less, or too large for its dtype's digits, starts again from I / ‖B‖. From there X
+    grows towards B⁻¹ from below: in between, it is the inverse of something more damped.
 
     Of large float32 matrices on a GPU products are off by up to 4e-5 (`kernels.products`):
     R is, times the norms of B and X. In averages of which 5 % are new, preconditioned gradients
@@ -233,7 +233,8 @@ def newton_inverse(stack: Tensor, last: Tensor, iterations: int) -> tuple[Tensor
     of something much more damped for 1e5 (float32: 22 %).
     """
     eye = torch.eye(stack.shape[-1], dtype=stack.dtype, device=stack.device)
-    cold = eye / _norm(stack)
+    norm = _norm(stack)
+    cold = eye / norm
     warm = iterations != COLD_ITERATIONS
     X = last if warm else cold
     for at in range(iterations):
@@ -244,8 +245,9 @@ def newton_inverse(stack: Tensor, last: Tensor, iterations: int) -> tuple[Tensor
         X = product(X, series).add_(X)
         X = torch.lerp(X, X.mT, 0.5).mul_(scale)
     diagonal = X.diagonal(dim1=-2, dim2=-1)
-    lost = ~(X.isfinite().all(-1).all(-1) & (diagonal > 0).all(-1))
-    X = torch.where(lost[:, None, None], cold, X)
+    most = (torch.finfo(X.dtype).eps * norm).reciprocal()[..., 0]  # beyond, no digit is right
+    kept = X.isfinite().all(-1).all(-1) & ((diagonal > 0) & (diagonal < most)).all(-1)
+    X = torch.where(kept[:, None, None], X, cold)
     return (torch.where(_finite(stack), X, torch.nan),)
 
 

@@ -57,12 +57,13 @@ class KFAC(AlikeOptimizer):
         factor_decay: β of the averages A ← β A + (1 − β) Â, which are debiased.
         inverse: "eigh" keeps eigenvectors, so that damping may change at every step, and is
             needed for damping_mode="exact" and `ekfac`. "qr" has them improved by one step of
-            orthogonal iteration (https://arxiv.org/abs/2409.11321), but for the first ones; meant
-            for small T_inverse. "cholesky" keeps inverses: two products with a gradient instead of
-            four. "newton-schulz" keeps inverses too and improves them by matrix products alone,
-            starting from the last ones: three products with T_inverse=1, by tensor cores on a
-            GPU, where the host reads nothing; for damped factors whose condition number is at
-            most 1e4. (With exponent=1/2 it starts anew, at 30 times three products.)
+            orthogonal iteration (https://arxiv.org/abs/2409.11321), but for the first ones and
+            where more than half of the averages is new; meant for small T_inverse. "cholesky" keeps
+            inverses: two products with a gradient instead of four. "newton-schulz" keeps inverses
+            too and improves them by matrix products alone, starting from the last ones: three
+            products with T_inverse=1, by tensor cores on a GPU, where the host reads nothing; for
+            damped factors whose condition number is at most 1e4. (With exponent=1/2 it starts anew,
+            at 30 times three products.)
         damping_mode: "factored" adds π√λ to A and √λ/π to G, "each" λ to both, "exact" λ to
             the eigenvalues of G ⊗ A. By default "factored"; "exact" for `ekfac`.
         exponent: 1 for the natural gradient, or 1/2 for inverse square roots.
