@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from tn_kfac.curvature.factors import Factors, Measured
 from tn_kfac.curvature.moments import second_moments
-from tn_kfac.kernels.window_gram import window_gram
+from tn_kfac.kernels.window_gram import runs_on, window_gram
 from tn_kfac.layers.base import Ask, Layer, Saved
 from tn_kfac.structures import Dense, Diagonal, Spec, Structure
 from tn_kfac.tensor_network.rows import Approx
@@ -273,7 +273,8 @@ def _input_statistic(
 
 def _input_factor(layer: Layer, saved: Saved, gradient: Tensor, ask: Ask) -> Tensor:
     """The factor of the rows: of half-precision windows by one kernel, where it runs."""
-    if ask.approx == "expand" and not ask.input_diagonal and ask.dtype == torch.float32:
+    wanted = ask.approx == "expand" and not ask.input_diagonal and ask.dtype == torch.float32
+    if wanted and runs_on(saved[0]):
         pixels = layer.pixels(saved, gradient)
         if pixels is not None:
             found = window_gram(pixels[0], layer.windows(pixels[0].shape), layer.groups)

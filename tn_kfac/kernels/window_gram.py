@@ -60,6 +60,11 @@ class Geometry(NamedTuple):
         return self.channels * prod(self.kernel)
 
 
+def runs_on(x: Tensor) -> bool:
+    """Whether the kernel may run on tensors of this device and dtype."""
+    return available(x.device) and x.dtype in HALF
+
+
 def window_gram(x: Tensor, axes: Sequence[Windows], groups: int) -> Tensor | None:
     """The gram in float32, (groups, d, d) with d = c · Π K; None where the kernel does not run.
 
@@ -73,7 +78,7 @@ def window_gram(x: Tensor, axes: Sequence[Windows], groups: int) -> Tensor | Non
         axes: The windows along each axis of pixels.
         groups: Channel groups.
     """
-    if window_gram_triton is None or not available(x.device) or x.dtype not in HALF:
+    if window_gram_triton is None or not runs_on(x):
         return None
     if not (1 <= len(axes) <= 2) or (x.shape[1] // groups) % ALIGNED or x.numel() == 0:
         return None
