@@ -22,8 +22,8 @@ def multiplied(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
     if left.dtype == dtype:
         return left @ right
     if left.is_cuda and left.dtype in HALF and dtype == torch.float32:
-        product = torch.bmm if left.dim() == 3 else torch.mm
-        return product(left, right, out_dtype=dtype)
+        multiply = torch.bmm if left.dim() == 3 else torch.mm
+        return multiply(left, right, out_dtype=dtype)
     return left.to(dtype) @ right.to(dtype)
 
 

@@ -55,23 +55,12 @@ def classes(active: Sequence[Active]) -> list[list[Active]]:
     """The layers, those together that may be computed as one."""
     found: dict[Hashable, list[Active]] = {}
     for at, layer in enumerate(active):
-        kind = at if torch.compiler.is_compiling() else _kind(at, layer)
-        found.setdefault(kind, []).append(layer)
+        recipe = layer.binding.tap.recipe
+        spaces, kind = (recipe.input_structure, recipe.output_structure), _kind(layer.state)
+        apart = layer.binding.sharded or kind is None
+        key = at if apart else (id(layer.group), spaces, recipe.dim_in, recipe.dim_out, kind)
+        found.setdefault(key, []).append(layer)
     return list(found.values())
-
-
-def _kind(at: int, layer: Active) -> Hashable:
-    """What layers have in common that may be computed as one; `at`, if none may be with it."""
-    binding, group, state, _ = layer
-    recipe = binding.tap.recipe
-    A, G = state["A"], state["G"]
-    if binding.sharded or len(A) != 1 or max(A.numel(), G.numel()) >= LARGE:
-        return at
-    return (
-        id(group), recipe.input_structure, recipe.output_structure, recipe.dim_in, recipe.dim_out,
-        A.dtype, G.dtype, A.device, "moments" in state, state["step"], state.get("updates", 0),
-        state["inverted"],
-    )  # fmt: skip
 
 
 def merged(due: Sequence[tuple[Layer, Damping, How]]) -> list[tuple[Layer, Damping, How]]:
@@ -82,18 +71,20 @@ def merged(due: Sequence[tuple[Layer, Damping, How]]) -> list[tuple[Layer, Dampi
     found: dict[Hashable, list[tuple[Layer, Damping, How]]] = {}
     for at, entry in enumerate(due):
         layer, damping, how = entry
-        A, G = layer.state["A"], layer.state["G"]
-        key: Hashable = at
-        alone = len(A) != 1 or max(A.numel(), G.numel()) >= LARGE
-        if not (alone or torch.compiler.is_compiling()):
-            number = id(damping) if isinstance(damping, Tensor) else damping
-            key = (
-                number, how, layer.spaces, A.shape, G.shape, A.dtype, G.dtype, A.device,
-                "moments" in layer.state, layer.group,
-                *(layer.state[key] for key in ("step", "updates", "inverted")),
-            )  # fmt: skip
+        number = id(damping) if isinstance(damping, Tensor) else damping
+        kind = _kind(layer.state)
+        key = at if kind is None else (layer.group, layer.spaces, layer.dims, number, how, kind)
         found.setdefault(key, []).append(entry)
     return [entries[0] if len(entries) == 1 else _merged(entries) for entries in found.values()]
+
+
+def _kind(state: State) -> Hashable:
+    """What the states of layers have in common that may be computed as one; None: never so."""
+    A, G = state["A"], state["G"]
+    if torch.compiler.is_compiling() or len(A) != 1 or max(A.numel(), G.numel()) >= LARGE:
+        return None
+    times = (state["step"], state.get("updates", 0), state["inverted"])
+    return A.dtype, G.dtype, A.device, "moments" in state, *times
 
 
 def _merged(entries: Sequence[tuple[Layer, Damping, How]]) -> tuple[Layer, Damping, How]:

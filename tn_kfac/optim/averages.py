@@ -40,7 +40,5 @@ def _finite(tensor: Tensor, count: int) -> Tensor:
 
 
 def _average(average: Tensor, new: Tensor | float, decay: float, fits: Tensor) -> None:
-    if isinstance(new, Tensor):
-        new = new.to(average.dtype)
     fits = fits.reshape(-1, *(1 for _ in average.shape[1:]))
-    average.lerp_(torch.where(fits, new, average), 1.0 - decay)
+    average.lerp_(torch.where(fits, new, average).to(average.dtype), 1.0 - decay)

@@ -1,4 +1,4 @@
-"""What all Kronecker-factored optimizers share: the step and the state.
+"""What all Kronecker-factored optimizers share: the step.
 
 A subclass says how the factors of one layer are updated and how they precondition; see
 `KroneckerOptimizer`.
@@ -15,23 +15,22 @@ from torch import Tensor
 
 from tn_kfac.curvature import Measured, Recipe
 from tn_kfac.curvature.tap import has_gradient
-from tn_kfac.optim import checkpoint, checks
+from tn_kfac.optim import checks
 from tn_kfac.optim.binding import Active, Binding
 from tn_kfac.optim.groups import Group
-from tn_kfac.optim.hooked import HookedOptimizer
 from tn_kfac.optim.measured import check_measured
 from tn_kfac.optim.ranks import ranks_of
 from tn_kfac.optim.rules import FALLBACKS, sgd
+from tn_kfac.optim.saved import SavedOptimizer
 from tn_kfac.optim.scaling import found_inf, unscale
 from tn_kfac.optim.sharded import check_same, own, write
 from tn_kfac.optim.updates import kl_clipped, lengthened, smoothed
 
 
-class KroneckerOptimizer(HookedOptimizer):
+class KroneckerOptimizer(SavedOptimizer):
     """A hooked optimizer that preconditions layers with Kronecker factors."""
 
     built_in: ClassVar[tuple[str, ...]] = ("structure", "kfac_approx", "loss_average", "fisher")
-    factor_names: ClassVar[tuple[str, str]]
     option_checks: ClassVar[dict[str, checks.Check]] = {
         "T": checks.intervals,
         "loss_average": lambda n, v: checks.one_of(n, v, (None, "batch", "batch+sequence")),
@@ -47,10 +46,6 @@ class KroneckerOptimizer(HookedOptimizer):
         "curvature_fraction": checks.fraction,
         "warmup": lambda name, value: checks.interval(name, value, least=0),
     }
-
-    @abstractmethod
-    def _new_state(self, binding: Binding, group: Group, device: torch.device) -> dict[str, Any]:
-        """Fresh factors of a layer."""
 
     @abstractmethod
     def _update_factors(
@@ -122,10 +117,6 @@ class KroneckerOptimizer(HookedOptimizer):
 
     def _check_step(self) -> None:
         """Check whatever else the step needs, before anything is changed."""
-
-    def _where(self) -> dict[Tensor, int]:
-        """The number of each parameter's group."""
-        return {p: number for number, g in enumerate(self.param_groups) for p in g["params"]}
 
     def _share(self, active: Sequence[Active]) -> None:
         """Begin to sum the statistics of the layers that are due over all ranks."""
@@ -275,49 +266,3 @@ class KroneckerOptimizer(HookedOptimizer):
         if along:
             rule = sgd if group["rule"] == self.rule else FALLBACKS[group["rule"]]
             write(rule, along, self.state, group)
-
-    def state_dict(self) -> dict[str, Any]:
-        """The state as plain tensors and numbers, none of them shared with the optimizer.
-
-        Callables among the hyper-parameters (a scheduled `lr_cov`) are not stored.
-        """
-        return checkpoint.detached(super().state_dict())
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore a state; factors keep the dtype that they were saved in.
-
-        Raises:
-            ValueError: If the state belongs to another model or other structures; nothing
-                is changed then.
-        """
-        expected = self._expected_shapes()
-        checkpoint.check_compatible(state_dict, self.param_groups, expected, self.factor_names)
-        checkpoint.check_options(state_dict, self.param_groups, self.built_in)
-        state_dict = self._own_part(state_dict)
-        callables = [{k: v for k, v in g.items() if callable(v)} for g in self.param_groups]
-        super().load_state_dict(checkpoint.detached(state_dict))
-        checkpoint.restore_dtypes(state_dict, self.param_groups, self.state)
-        for group, kept in zip(self.param_groups, callables, strict=True):
-            group |= {key: value for key, value in kept.items() if group.get(key) is None}
-        where = self._where()
-        for binding in self._bindings:
-            numbers = [where[p] for p in binding.parameters]
-            group, state = self.param_groups[numbers[0]], self.state[binding.parameters[0]]
-            self._tell(Active(binding, group, state, numbers))
-
-    def _own_part(self, state_dict: dict[str, Any]) -> dict[str, Any]:
-        """What this rank loads of a state."""
-        return state_dict
-
-    def _expected_shapes(self) -> dict[Tensor, dict[str, torch.Size]]:
-        """Shapes of the factors of each layer, by the parameter that owns them."""
-        meta = torch.device("meta")
-        where, groups = self._where(), self.param_groups
-        fresh = {
-            b.parameters[0]: self._new_state(b, groups[where[b.parameters[0]]], meta)
-            for b in self._bindings
-        }
-        return {
-            parameter: {key: v.shape for key, v in state.items() if isinstance(v, Tensor)}
-            for parameter, state in fresh.items()
-        }
