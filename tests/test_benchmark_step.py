@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from benchmarks.step import __main__ as command
-from benchmarks.step import measuring, profiles
-from benchmarks.step.measuring import baseline, fastest
+from benchmarks.step import intervals, measuring, profiles
+from benchmarks.step.measuring import Plan, baseline, cell, fastest
 from benchmarks.step.optimizers import (
     OPTIMIZERS,
     SGD,
@@ -188,3 +188,20 @@ def test_the_package_unfolded_is_the_package():
     x = torch.randn(2, 4, 9, 8)
     given = ((3, 2), (2, 1), (1, 0), (1, 2), 2)
     torch.testing.assert_close(_unfolded(x, *given), _tensor_networks()(x, *given))
+
+
+def test_graphs_are_for_gpus_and_steps_that_are_alike():
+    rows = [
+        cell(NETWORKS["tiny"], "graph", OPTIMIZERS[name], Plan(device))
+        for name, device in (("SINGD", "cpu"), ("KFAC 10/100", "cuda"))
+    ]
+    assert [row["status"].partition(":")[0] for row in rows] == ["absent", "absent"]
+
+
+def test_later_inverses_of_newton_schulz_have_a_time_of_their_own():
+    row = {"plain": 1.0, "factors": 3.0, "inverses": 5.0}
+    assert intervals.average(row, 1, 1) == 5.0
+    assert intervals.average(row, 10, 100) == pytest.approx(1.0 + 0.2 + 0.02)
+    row["later inverses"] = 13.0
+    assert intervals.average(row, 1, 1) == 5.0
+    assert intervals.average(row, 10, 100) == pytest.approx(1.0 + 0.2 + 0.1)

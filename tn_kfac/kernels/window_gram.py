@@ -3,9 +3,9 @@
     A[(c, k), (c', k')] = Σ_n Σ_o x[n, c, o·stride + k·dilation − padding] x[n, c', o·… + k'·…]
 
 A matrix product by tensor cores, whose operands are read through windows: each is one line of
-channels of one pixel. Only tiles on and above the diagonal are formed. That
-is three times the products of the autocorrelation (`tensor_network.primitives.correlation`) for a
-kernel of 3 × 3, but two launches instead of a hundred, no copies and no border terms.
+channels of one pixel. Only tiles on and above the diagonal are formed. That is three times the
+products of the autocorrelation (`tensor_network.primitives.correlation`) for a kernel of 3 × 3, but
+two launches instead of a hundred, no copies and no border terms.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tn_kfac.kernels.available import available
+from tn_kfac.kernels.products import HALF
 from tn_kfac.kernels.window_sum import Windows
 
 try:
@@ -26,7 +27,6 @@ try:
 except ImportError:  # no Triton on this machine
     window_gram_triton = None
 
-HALF = (torch.bfloat16, torch.float16)
 MOST_PRODUCTS = 6e11
 """With more of them in stride 1, the autocorrelation is faster (3 ms on an H200)."""
 ALIGNED = 8

@@ -142,7 +142,7 @@ def from_owners(parts: Sequence[tuple[int | None, Tensor]], group: Group) -> lis
     for places, sizes, flat, work in sent:
         if work is not None:
             work.wait()
-        for at, part in zip(places, flat.split(sizes), strict=False):
+        for at, part in zip(places, flat.split(sizes) if places else (), strict=True):
             held[at] = part.view(held[at].shape)
     return held
 
