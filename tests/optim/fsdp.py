@@ -78,7 +78,7 @@ def learn(model, optimizer, step: int, part: slice, case: str) -> None:
     kind = "sum" if case == "sum loss" else "mean"
     optimizer.zero_grad()
     if case == "scaled" and isinstance(model, FSDPModule):
-        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+        scaler = torch.amp.GradScaler(x.device.type, init_scale=1024.0)
         scaler.scale(nn.functional.cross_entropy(model(x), y)).backward()
         scaler.step(optimizer)
         return
@@ -231,7 +231,9 @@ def trials(rank: int, ranks: int, folder: Path) -> dict[str, Callable[[], float]
     """What is tried with so many ranks."""
     found: dict[str, Callable[[], float]] = {}
     if ranks == 4:
-        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+        mesh = init_device_mesh(
+            torch.get_default_device().type, (2, 2), mesh_dim_names=("replicate", "shard")
+        )
         found["KFAC, empty shards"] = lambda: run("KFAC", "plain", rank, ranks)
         found["SINGD, hybrid"] = lambda: run("SINGD diagonal", "clipped", rank, ranks, mesh=mesh)
         found["KFAC, tensor parallel"] = lambda: tensor_parallel(mesh)

@@ -8,6 +8,7 @@ import json
 import sys
 
 import torch
+from launching import begin, here
 from optimizers import OPTIMIZERS, Mixed, factors_of
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -31,8 +32,8 @@ CASES = {
 
 def batch(step: int) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(step)
-    x = torch.rand(8, 1, 8, 8, generator=generator, dtype=torch.float64)
-    return x, torch.randint(10, (8,), generator=generator)
+    x = torch.rand(8, 1, 8, 8, generator=generator, dtype=torch.float64, device="cpu")
+    return here(x), here(torch.randint(10, (8,), generator=generator, device="cpu"))
 
 
 def backward(model: nn.Module, optimizer, x: Tensor, y: Tensor, weight: float, kind: str) -> None:
@@ -44,6 +45,7 @@ def backward(model: nn.Module, optimizer, x: Tensor, y: Tensor, weight: float, k
 
 def apart(first: Tensor, second: Tensor) -> float:
     """The largest difference, relative to the largest entry."""
+    second = second.to(first.device)
     return ((first - second).abs().max() / second.abs().max().clamp(min=1e-12)).item()
 
 
@@ -102,10 +104,7 @@ def cases(ranks: int) -> list[tuple[str, str]]:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
     rank, ranks = int(sys.argv[1]), int(sys.argv[2])
-    distributed.init_process_group(
-        "gloo", init_method=f"file://{sys.argv[3]}", rank=rank, world_size=ranks
-    )
+    begin(rank, ranks, sys.argv[3])
     print(json.dumps({f"{n}, {c}": run(n, c, rank, ranks) for n, c in cases(ranks)}))
     distributed.destroy_process_group()

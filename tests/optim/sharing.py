@@ -16,6 +16,7 @@ from launching import as_rank
 from ranks import apart, backward, batch
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_map
 
 from tn_kfac import KFAC, SINGD, rank_costs
 from tn_kfac.optim import inverses
@@ -74,8 +75,12 @@ def run(rank: int, ranks: int, **how) -> float:
 def from_all(value: object, ranks: int) -> list:
     """What each rank says."""
     said = [None] * ranks
-    distributed.all_gather_object(said, value)
+    distributed.all_gather_object(said, tree_map(on_host, value))
     return said
+
+
+def on_host(leaf: object) -> object:
+    return leaf.cpu() if isinstance(leaf, Tensor) else leaf
 
 
 def shares(rank: int, ranks: int, mode: str) -> float:

@@ -1,13 +1,14 @@
 """Parameters in shards (fully_shard): the ranks together are one process with the whole batch."""
 
 import pytest
-from launching import launch
+from launching import launch, over
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
-def test_sharded_is_one_process(tmp_path, ranks):
+@pytest.mark.parametrize("given", over((2, "gloo"), (4, "gloo"), (2, "nccl"), (4, "nccl")))
+def test_sharded_is_one_process(tmp_path, given):
     """Parameters, factors and momentum; checkpoints; and what is communicated."""
-    said = launch("fsdp.py", ranks, tmp_path)
+    ranks, network = given
+    said = launch("fsdp.py", ranks, tmp_path, network)
     assert len(said[0]) == {2: 31, 4: 3}[ranks]
     wrong = {
         trial: [found[trial] for found in said]

@@ -1,14 +1,15 @@
 """Data-parallel ranks: together they are one process with the whole batch."""
 
 import pytest
-from launching import launch
+from launching import launch, over
 from ranks import cases
 
 
-@pytest.fixture(scope="module", params=[2, 3], ids=["equal batches", "uneven batches"])
+@pytest.fixture(scope="module", params=over((2, "gloo"), (3, "gloo"), (2, "nccl")))
 def ranks(request, tmp_path_factory):
-    """What each of the ranks said of every case."""
-    return launch("ranks.py", request.param, tmp_path_factory.mktemp("ranks") / "store")
+    """What each of the ranks said of every case: two with equal batches, three with uneven ones."""
+    count, network = request.param
+    return launch("ranks.py", count, tmp_path_factory.mktemp("ranks") / "store", network)
 
 
 def test_ranks_are_one_process(ranks):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from launching import launch
+from launching import launch, over
 from optimizers import two_layers
 from torch import nn
 
@@ -10,10 +10,11 @@ from tn_kfac import KFAC, SINGD
 from tn_kfac.optim.owners import owners
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
-def test_shared_is_one_process(tmp_path, ranks):
+@pytest.mark.parametrize("given", over((2, "gloo"), (4, "gloo"), (2, "nccl"), (4, "nccl")))
+def test_shared_is_one_process(tmp_path, given):
     """Parameters, for all ways of sharing; who computes and keeps what; messages; resumed runs."""
-    said = launch("sharing.py", ranks, tmp_path)
+    ranks, network = given
+    said = launch("sharing.py", ranks, tmp_path, network)
     assert len(said[0]) == {2: 61, 4: 10}[ranks]
     wrong = {
         trial: [found[trial] for found in said]
