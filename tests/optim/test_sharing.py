@@ -14,7 +14,7 @@ from tn_kfac.optim.owners import owners
 def test_shared_is_one_process(tmp_path, ranks):
     """Parameters, for all ways of sharing; who computes and keeps what; messages; resumed runs."""
     said = launch("sharing.py", ranks, tmp_path)
-    assert len(said[0]) == {2: 61, 4: 10}[ranks]
+    assert len(said[0]) == {2: 66, 4: 10}[ranks]
     wrong = {
         trial: [found[trial] for found in said]
         for trial in said[0]
