@@ -33,6 +33,18 @@ def test_shares_of_two_ranks():
     assert found.owned_share == pytest.approx(7**3 / (7**3 + 2 * 4**3 + 2**3))
 
 
+@pytest.mark.parametrize(
+    ("dtype", "size", "of_counts"),
+    [(None, 4, 4), (torch.bfloat16, 2, 4), (torch.float32, 4, 4), (torch.float64, 8, 8)],
+)
+def test_sums_in_another_dtype(dtype, size, of_counts):
+    """But for counts, which bfloat16 would round."""
+    found = rank_costs(KFAC(layers(), T=2, reduce_dtype=dtype), 2)
+    assert found.statistics_bytes == size * (49 + 16 + 16 + 4) + of_counts * 2 * 2
+    assert found.statistics_bytes_per_step == found.statistics_bytes / 2
+    assert found.factor_bytes == rank_costs(KFAC(layers()), 2).factor_bytes
+
+
 def test_owners_send_gradients():
     """Each rank keeps its layers' inverses, and sends their preconditioned gradients each step."""
     found = rank_costs(KFAC(layers(), share_inverses="gradients", T_inverse=10), 2)

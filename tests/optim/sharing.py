@@ -229,6 +229,14 @@ def trials(rank: int, ranks: int, _: Path) -> dict[str, Callable[[], float]]:
             "KFAC not shared": (KFAC, {"share_inverses": False}),
             "KFAC with a lag": (KFAC, {"lag": 1}),
             "EKFAC": (KFAC, {"ekfac": "exact"}),
+            "SINGD sums in bfloat16": (SINGD, {"T": 1, "reduce_dtype": torch.bfloat16}),
+            "SINGD sums in float64": (SINGD, {"T": 1, "reduce_dtype": torch.float64}),
+            "KFAC sums in bfloat16": (KFAC, {"reduce_dtype": torch.bfloat16}),
+            "KFAC sums in float32": (
+                KFAC,
+                {"preconditioner_dtype": torch.float64, "reduce_dtype": torch.float32},
+            ),
+            "EKFAC sums in bfloat16": (KFAC, {"ekfac": True, "reduce_dtype": torch.bfloat16}),
         }
         for name, (kind, options) in kinds.items():
             found[f"{name}, predicted"] = lambda kind=kind, options=options: predicted(

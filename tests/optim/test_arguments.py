@@ -75,6 +75,12 @@ BAD: dict[str, list[tuple[Any, type[Exception]]]] = {
     "share_inverses": [("factors", ValueError), (None, ValueError), (2, ValueError)],
     "share_updates": [("inverses", ValueError), (None, ValueError), (True, ValueError)],
     "process_group": [(True, TypeError), (0, TypeError), ("gloo", TypeError)],
+    "reduce_dtype": [
+        (torch.float16, ValueError),
+        *((value, TypeError) for value in (torch.int32, torch.complex64, torch.float8_e4m3fn,
+                                           "bfloat16", float, True, torch.ones(2),
+                                           [torch.bfloat16])),
+    ],
     "fallback": [("adam", ValueError), (True, ValueError), (0, ValueError)],
     "fallback_lr": [entry for entry in NOT_NUMBERS + NOT_POSITIVE if entry[0] is not None],
     "fallback_weight_decay": [e for e in NOT_NUMBERS + NOT_POSITIVE if e[0] is not None],
@@ -104,6 +110,7 @@ def test_bad_value_is_named(kind, name, value, error):
 
 GROUP_KEYS = BAD.keys() - {
     "process_group",
+    "reduce_dtype",
     "share_inverses",
     "share_updates",
     "norms",

@@ -15,7 +15,7 @@ def test_shared_is_one_process(tmp_path, given):
     """Parameters, for all ways of sharing; who computes and keeps what; messages; resumed runs."""
     ranks, network = given
     said = launch("sharing.py", ranks, tmp_path, network)
-    assert len(said[0]) == {2: 61, 4: 10}[ranks]
+    assert len(said[0]) == {2: 66, 4: 10}[ranks]
     wrong = {
         trial: [found[trial] for found in said]
         for trial in said[0]

@@ -31,7 +31,7 @@ from tn_kfac.optim.groups import (
     warn_untrained,
 )
 from tn_kfac.optim.measured import measured_apart
-from tn_kfac.optim.ranks import Sums, check_group
+from tn_kfac.optim.ranks import Sums, check_group, check_reduce_dtype
 
 
 class HookedOptimizer(Optimizer, ABC):
@@ -54,12 +54,14 @@ class HookedOptimizer(Optimizer, ABC):
         warn_unsupported: bool,
         norms: bool = False,
         process_group: Any = None,
+        reduce_dtype: torch.dtype | None = None,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
         checks.flag("warn_unsupported", warn_unsupported)
         checks.flag("norms", norms)
         check_group("process_group", process_group)
+        check_reduce_dtype("reduce_dtype", reduce_dtype)
         self._process_group = process_group
         self._model = model
         self._options = self._checked(options)
@@ -68,7 +70,7 @@ class HookedOptimizer(Optimizer, ABC):
         self._scope = ForwardScope([])
         self._ready = self._closed = False
         self._dropped: set[Tensor] = set()
-        self._sums = Sums()
+        self._sums = Sums(dtype=reduce_dtype)
         sites, refused = find_sites(model, norms)
         check_patterns(self._options["structure"], [site.name for site in sites])
         self._sites = {p: site for site in sites for p in site.parameters}

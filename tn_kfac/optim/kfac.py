@@ -150,17 +150,20 @@ class KFAC(AlikeOptimizer):
         fallback_weight_decay: float | None = None,
         share_inverses: Literal["inverses", "gradients"] | Literal[False] = "inverses",
         process_group: Any = None,
+        reduce_dtype: torch.dtype | None = None,
     ) -> None:
         checks.one_of("share_inverses", share_inverses, SHARING)
         given = dict(locals())
         apart = ("self", "model", "params", "warn_unsupported", "norms", "process_group",
-                 "share_inverses", "__class__")  # fmt: skip
+                 "reduce_dtype", "share_inverses", "__class__")  # fmt: skip
         options = {key: value for key, value in given.items() if key not in apart}
         self._notice, self._adaptation = Notice(), adapting.Adaptation(model)
         self._owners = Owners(share_inverses, process_group, lambda recipe: sum(costs(recipe)))
         over = process_group if share_inverses == "inverses" else False
         self._pending = pending.Pending(self._notice, over)
-        super().__init__(model, params, options, warn_unsupported, norms, process_group)
+        super().__init__(
+            model, params, options, warn_unsupported, norms, process_group, reduce_dtype
+        )
         if self._options["adaptive"]:
             self._handles += self._adaptation.attach()
 

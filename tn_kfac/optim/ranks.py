@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, distributed
@@ -47,14 +48,61 @@ def check_group(name: str, value: object) -> None:
         )
 
 
-Statistics = tuple[LayerTap, list[Tensor]]
+REDUCE_DTYPES = (torch.bfloat16, torch.float32, torch.float64)
 
 
-class _Message(NamedTuple):
-    """Statistics of some taps that are being summed, and what to wait for."""
+def check_reduce_dtype(name: str, value: object) -> None:
+    """None, or a dtype whose range is that of curvature.
 
-    entries: list[Statistics]
-    work: Any
+    Raises:
+        ValueError: If its range is too small.
+        TypeError: If it is no such dtype.
+    """
+    if value is torch.float16:
+        raise ValueError(
+            f"{name}={value} has too small a range for sums of curvature: choose torch.bfloat16"
+        )
+    if value is not None and value not in REDUCE_DTYPES:
+        raise TypeError(f"{name} must be None or one of {list(REDUCE_DTYPES)}, got {value!r}")
+
+
+COUNTS = 2
+"""The place of the counts in a tap's statistics (A, G, counts, moments if any)."""
+Statistics = tuple[LayerTap, dict[int, Tensor]]
+"""A tap, and some of its statistics by their places."""
+
+
+class _Message:
+    """Statistics of some taps that are being summed."""
+
+    def __init__(
+        self, entries: Sequence[Statistics], dtype: torch.dtype | None, group: Group
+    ) -> None:
+        parts = [part for _, statistics in entries for part in statistics.values()]
+        flat = torch.cat([part.reshape(-1) for part in parts])
+        self._dtype, self._flat = flat.dtype, flat.to(dtype or flat.dtype)
+        self._shapes = [
+            (tap, place, part.shape)
+            for tap, statistics in entries
+            for place, part in statistics.items()
+        ]
+        self._work = distributed.all_reduce(self._flat, group=group, async_op=True)
+
+    def wait(self) -> None:
+        """Wait until the sums are there."""
+        if self._work is not None:
+            self._work.wait()
+            self._work = None
+
+    @cached_property
+    def totals(self) -> dict[LayerTap, dict[int, Tensor]]:
+        """The sums, when they are there, in the dtype of what was sent."""
+        self.wait()
+        found: dict[LayerTap, dict[int, Tensor]] = defaultdict(dict)
+        parts = self._flat.to(self._dtype).split([shape.numel() for *_, shape in self._shapes])
+        for (tap, place, shape), part in zip(self._shapes, parts, strict=True):
+            found[tap][place] = part.view(shape)
+        return found
 
 
 class Sums:
@@ -63,52 +111,62 @@ class Sums:
     A message has the statistics of some layers, at most `most` bytes if it can. All of them are
     sent at once, and each is waited for when its first layer is asked for, so that factors of the
     first layers are updated while the statistics of the others are still being summed.
+
+    Statistics are sent and summed in `dtype`, None being their own, but for counts that it would
+    round: those of all layers are the first message then, in their own dtype.
     """
 
-    def __init__(self, most: int = MESSAGE) -> None:
+    def __init__(self, most: int = MESSAGE, dtype: torch.dtype | None = None) -> None:
+        self.dtype = dtype
         self._most = most
-        self._on_way: dict[LayerTap, _Message] = {}
+        self._on_way: dict[LayerTap, list[_Message]] = {}
 
     def begin(self, taps: Iterable[LayerTap], group: Group) -> None:
         """Begin to sum the statistics of all taps; nobody may read them until they arrive.
 
         Every rank must call it with the same taps; a rank that measured nothing adds nothing.
         """
-        self._on_way.clear()
-        for entries in _messages(taps, self._most):
-            flat = torch.cat([part.reshape(-1) for _, sums in entries for part in sums])
-            work = distributed.all_reduce(flat, group=group, async_op=True)
-            parts = iter(flat.split([part.numel() for _, sums in entries for part in sums]))
-            totals = [(tap, [next(parts).view(s.shape) for s in sums]) for tap, sums in entries]
-            self._on_way |= dict.fromkeys([tap for tap, _ in entries], _Message(totals, work))
+        taps = list(taps)
+        self._on_way = {tap: [] for tap in taps}
+        counts = ((t, {COUNTS: _held(t)[COUNTS]}) for t in taps if counts_apart(t, self.dtype))
+        others = ((tap, _sent(tap, self.dtype)) for tap in taps)
+        for statistics, dtype in ((counts, None), (others, self.dtype)):
+            for entries in _messages(statistics, self._most, dtype):
+                message = _Message(entries, dtype, group)
+                for tap, _ in entries:
+                    self._on_way[tap].append(message)
 
     def arrive(self, tap: LayerTap) -> None:
         """Have the sums of all ranks as a tap's statistics; what no rank measured is NaN."""
-        message = self._on_way.get(tap)
-        if message is None:
-            return
-        message.work.wait()
-        for other, sums in message.entries:
-            _unweighted(other, sums)
-            del self._on_way[other]
+        sums: dict[int, Tensor] = {}
+        for message in self._on_way.pop(tap, ()):
+            sums |= message.totals[tap]
+        if sums:
+            _unweighted(tap, [sums[place] for place in sorted(sums)])
 
     def end(self) -> None:
         """Wait for what nobody asked for: the statistics of layers whose owners are others."""
-        for message in {id(message): message for message in self._on_way.values()}.values():
-            message.work.wait()
+        for messages in self._on_way.values():
+            for message in messages:
+                message.wait()
         self._on_way.clear()
 
 
-def _messages(taps: Iterable[LayerTap], most: int) -> Iterator[list[Statistics]]:
-    """Taps with their weighted statistics, by the message that they travel in."""
+def counts_apart(tap: LayerTap, dtype: torch.dtype | None) -> bool:
+    """Whether a tap's counts travel for themselves: where messages in `dtype` would round them."""
+    return dtype is not None and torch.promote_types(dtype, tap.dtype) != dtype
+
+
+def _messages(
+    statistics: Iterable[Statistics], most: int, dtype: torch.dtype | None
+) -> Iterator[list[Statistics]]:
+    """Taps with statistics, by the message that they travel in."""
     waiting: dict[tuple[torch.dtype, torch.device], list[Statistics]] = {}
     sizes: dict[tuple[torch.dtype, torch.device], int] = defaultdict(int)
-    for tap in taps:
-        sums = _weighted(tap)
-        if not tap.has_statistics:
-            tap.replace(sums)
-        kind = sums[0].dtype, sums[0].device
-        size = sum(part.numel() * part.element_size() for part in sums)
+    for tap, sums in statistics:
+        some = next(iter(sums.values()))
+        kind = some.dtype, some.device
+        size = sum(part.numel() for part in sums.values()) * (dtype or some.dtype).itemsize
         if kind in waiting and sizes[kind] + size > most:
             yield waiting.pop(kind)
             sizes[kind] = 0
@@ -147,13 +205,27 @@ def from_owners(parts: Sequence[tuple[int | None, Tensor]], group: Group) -> lis
     return held
 
 
+def _held(tap: LayerTap) -> list[Tensor]:
+    """A tap's statistics; zeros, where nothing was measured."""
+    held = [torch.zeros_like(p) if p.grad is None else p.grad for p in tap.probes]
+    return list(tap.recipe.unpack(held))
+
+
+def _sent(tap: LayerTap, dtype: torch.dtype | None) -> dict[int, Tensor]:
+    """What of a tap's statistics is sent in `dtype`, weighted; a tap without any has them now."""
+    sums = _weighted(tap)
+    if not tap.has_statistics:
+        tap.replace(sums)
+    apart = counts_apart(tap, dtype)
+    return {place: part for place, part in enumerate(sums) if place != COUNTS or not apart}
+
+
 def _weighted(tap: LayerTap) -> list[Tensor]:
     """A tap's statistics such that they may be added: those of a mean loss times its terms².
 
     Gradients of a mean carry 1/terms, which differs between ranks with batches of other sizes.
     """
-    held = [torch.zeros_like(p) if p.grad is None else p.grad for p in tap.probes]
-    sums = list(tap.recipe.unpack(held))
+    sums = _held(tap)
     if _is_mean(tap):
         A, G, counts, *moments = sums
         sums = [A, G * counts[1] ** 2, counts, *(m * counts[1] ** 2 for m in moments)]

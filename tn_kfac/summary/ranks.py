@@ -17,6 +17,7 @@ from tn_kfac.optim.inverses import COLD_ITERATIONS
 from tn_kfac.optim.owned import OwnedOptimizer
 from tn_kfac.optim.owners import owners
 from tn_kfac.optim.pending import BESIDE
+from tn_kfac.optim.ranks import COUNTS, counts_apart
 from tn_kfac.optim.shared_inverses import costs
 from tn_kfac.optim.shared_updates import price, update_cost
 
@@ -36,7 +37,7 @@ class RankCosts:
 
     Attributes:
         world_size: W, the number of ranks.
-        statistics_bytes: All-reduced in a step that updates all factors.
+        statistics_bytes: All-reduced (in `reduce_dtype`) in a step that updates all factors.
         statistics_bytes_per_step: The same on average, by the intervals T.
         factor_bytes: Factors with their momenta or moments, as far as they are on every rank.
         owned_bytes: What owners may keep for themselves: KFAC's inverses or eigenbases (twice if
@@ -110,7 +111,8 @@ def rank_costs(optimizer: OwnedOptimizer, world_size: int) -> RankCosts:
     checks.interval("world_size", world_size)
     where = optimizer._where()
     layers = [(b, optimizer.param_groups[where[b.parameters[0]]]) for b in optimizer._bindings]
-    sums = [(_statistics(binding), _interval(group["T"])) for binding, group in layers]
+    dtype = optimizer._sums.dtype
+    sums = [(_statistics(binding, dtype), _interval(group["T"])) for binding, group in layers]
     held = [_held(optimizer, *layer) for layer in layers]
     works = [work for layer in held for work in layer.works]
     together = world_size > 1
@@ -190,9 +192,13 @@ def _direction(binding: Binding) -> int:
     return recipe.layer.groups * recipe.dim_out * recipe.dim_in * dtype.itemsize
 
 
-def _statistics(binding: Binding) -> int:
-    """Bytes of what is measured of a layer."""
-    return sum(map(prod, binding.tap.recipe.probe_shapes())) * binding.tap.dtype.itemsize
+def _statistics(binding: Binding, dtype: torch.dtype | None) -> int:
+    """Bytes of what is sent of what is measured of a layer."""
+    tap = binding.tap
+    numbers = list(map(prod, tap.recipe.shapes()))
+    counts = numbers[COUNTS] if counts_apart(tap, dtype) else 0
+    sent = (dtype or tap.dtype).itemsize
+    return (sum(numbers) - counts) * sent + counts * tap.dtype.itemsize
 
 
 def _interval(T: int | Callable[[int], int]) -> int:
