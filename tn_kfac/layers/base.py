@@ -194,6 +194,12 @@ class Layer(ABC):
         """Matrices of weights with their biases beside them, or either alone."""
         return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=self._bias_dim)
 
+    def unbordered(self, matrix: Tensor) -> tuple[Tensor, Tensor]:
+        """The inverse of `bordered` for weights with biases: copies of either."""
+        own = matrix.shape[self._bias_dim] - 1
+        weights, biases = matrix.split((own, 1), dim=self._bias_dim)
+        return weights.contiguous(), biases.contiguous()
+
     def parted(
         self, matrix: Tensor, weight: torch.Size | None, bias: torch.Size | None
     ) -> tuple[Tensor | None, Tensor | None]:

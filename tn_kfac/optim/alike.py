@@ -155,12 +155,8 @@ class AlikeOptimizer(OwnedOptimizer):
             ready = self._ready_gradients([layer for layers in several for layer in layers])
             matrices = [_matrix(layers, ready) for layers in several]
             directions = self._directions_all([_joined(layers) for layers in several], matrices)
-            for layers, whole, direction in zip(several, matrices, directions, strict=True):
-                groups = len(whole) // len(layers)
-                parts = zip(layers, whole.split(groups), direction.split(groups), strict=True)
-                for layer, matrix, part in parts:
-                    lengthy = lengthened(part, matrix, layer.state, layer.group)
-                    found |= layer.binding.directions(lengthy)
+            for layers, matrix, direction in zip(several, matrices, directions, strict=True):
+                found |= _handed_out(layers, matrix, direction)
         return found
 
     def _ready_gradients(self, layers: Sequence[Active]) -> dict[Tensor, Tensor]:
@@ -224,21 +220,60 @@ def _batches(found: Sequence[list[Active]]) -> list[list[list[Active]]]:
     return [batch for several in batches.values() for batch in several]
 
 
+def _is_uniform(layers: Sequence[Active]) -> bool:
+    """Whether layers have the same kinds of parameters, all of them with gradients."""
+    bindings = [layer.binding for layer in layers]
+    kinds = {(b.site.layer.bias_is, b.weight is None, b.bias is None) for b in bindings}
+    return len(kinds) == 1 and all(p.grad is not None for b in bindings for p in b.parameters)
+
+
 def _matrix(layers: Sequence[Active], ready: Mapping[Tensor, Tensor | None]) -> Tensor:
     """What is ready of layers that are alike as one joint matrix, (layers · groups, …)."""
     bindings = [layer.binding for layer in layers]
-    kinds = {(b.site.layer.bias_is, b.weight is None, b.bias is None) for b in bindings}
-    given = all(ready.get(p) is not None for b in bindings for p in b.parameters)
-    if len(layers) == 1 or len(kinds) > 1 or not given:
+    if len(layers) == 1 or not _is_uniform(layers):
         matrices = [b.gradient_matrix(lambda p, _: _known(ready, p)) for b in bindings]
         return matrices[0] if len(layers) == 1 else torch.cat(matrices)
-    weights = [
-        b.site.layer.to_matrix(_known(ready, b.weight)) for b in bindings if b.weight is not None
-    ]
+    weighted = [(b.site.layer, b.weight) for b in bindings if b.weight is not None]
+    weights = [layer.to_matrix(_known(ready, weight)) for layer, weight in weighted]
     biases = [_known(ready, b.bias) for b in bindings if b.bias is not None]
     parts = [torch.cat(weights)] if weights else []
     parts += [torch.stack(biases)[..., None]] if biases else []
     return bindings[0].site.layer.bordered(parts)
+
+
+def _handed_out(
+    layers: Sequence[Active], matrices: Tensor, directions: Tensor
+) -> dict[Tensor, Tensor]:
+    """The directions of the parameters of layers that are alike, from their joint one.
+
+    Each as its parameter lies in memory: multi-tensor launches want that.
+    """
+    group, groups = layers[0].group, len(directions) // len(layers)
+    lengthy = group["graft"] is not None or group["update_rms"] is not None
+    pairs = [(layer.binding.weight, layer.binding.bias) for layer in layers]
+    found: dict[Tensor, Tensor] = {}
+    if len(layers) == 1 or lengthy or any(p is None for p in pairs[0]) or not _is_uniform(layers):
+        parts = zip(layers, matrices.split(groups), directions.split(groups), strict=True)
+        for layer, matrix, part in parts:
+            direction = lengthened(part, matrix, layer.state, group)
+            own = layer.binding.directions(direction)
+            found |= {p: _laid_out(d, p) for p, d in own.items()}
+        return found
+    weights, biases = layers[0].binding.site.layer.unbordered(directions)
+    split = zip(layers, pairs, weights.split(groups), biases.split(groups), strict=True)
+    for layer, (weight, bias), left, right in split:
+        assert weight is not None and bias is not None
+        own = layer.binding.site.layer.from_matrix(left, weight.shape).to(weight.dtype)
+        found[weight] = _laid_out(own, weight)
+        found[bias] = right.reshape(bias.shape).to(bias.dtype)
+    return found
+
+
+def _laid_out(direction: Tensor, parameter: Tensor) -> Tensor:
+    """A direction with the strides of its parameter."""
+    if direction.stride() == parameter.stride():
+        return direction
+    return torch.empty_like(parameter, dtype=direction.dtype).copy_(direction)
 
 
 def _known(ready: Mapping[Tensor, Tensor | None], parameter: Tensor) -> Tensor:
