@@ -77,6 +77,7 @@ def test_fused_adamw_is_adamw(digits, monkeypatch):
     """As on a GPU, up to rounding."""
     found = []
     for fused in (False, True):
+        torch.manual_seed(0)
         model = Mixed()
         monkeypatch.setattr(rules, "_fuses", lambda *tensors, fused=fused: fused)
         optimizer = KFAC(model, fallback="adamw", warn_unsupported=False)
