@@ -86,10 +86,10 @@ def on_host(leaf: object) -> object:
 def shares(rank: int, ranks: int, mode: str) -> float:
     """Whether each dense factor is decomposed by one rank, and kept as the mode says."""
     model, wrapped, optimizer, *_ = pair(rank, share_inverses=mode)
-    done, eigh = [], inverses._eigh
-    inverses._eigh = lambda stack: done.append(len(stack) * (stack.shape[-1] > 1)) or eigh(stack)
+    done, eigh = [], inverses.eigh
+    inverses.eigh = lambda stack: done.append(len(stack) * (stack.shape[-1] > 1)) or eigh(stack)
     step(wrapped, optimizer, 0, slice(4 * rank, 4 * rank + 4))
-    inverses._eigh = eigh
+    inverses.eigh = eigh
     states = [optimizer.state[p] for p in model.parameters() if optimizer.state[p].get("updates")]
     dense = sum(len(s[side]) for s in states for side in "AG" if s[side].dim() == 3)
     kept = [id for id, s in enumerate(states) if "A_basis" in s]

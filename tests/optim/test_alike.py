@@ -2,6 +2,8 @@
 
 import copy
 import warnings
+from collections import Counter
+from itertools import pairwise
 
 import pytest
 import torch
@@ -115,6 +117,18 @@ class Products(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
+class Calls(TorchDispatchMode):
+    """Counts calls by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names[function._schema.name.removeprefix("aten::")] += 1
+        return function(*args, **(kwargs or {}))
+
+
 @pytest.mark.parametrize("depth", [1, 5])
 def test_as_many_calls_for_any_number_of_layers(depth):
     model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(depth)))
@@ -124,6 +138,40 @@ def test_as_many_calls_for_any_number_of_layers(depth):
         with Products() as seen:
             optimizer.step()
     assert seen.count == 4  # to the eigenbasis and back
+
+
+@pytest.mark.parametrize("precondition", ["gradient", "momentum"])
+def test_elementwise_work_is_done_for_all_layers_at_once(precondition):
+    """Each kind of layer costs its products and a few calls; directions lie as parameters do."""
+    counts = []
+    for widths in ((4, 6, 3), (4, 6, 3, 7, 9)):
+        model = nn.Sequential(*(nn.Linear(*pair) for pair in pairwise(widths)))
+        options = {"ekfac": "ema", "exponent": 0.5, "T": 10, "T_inverse": 10, "kl_clip": None}
+        optimizer = KFAC(model, precondition=precondition, warn_unsupported=False, **options)
+        for _ in range(3):
+            optimizer.zero_grad()
+            model(torch.randn(6, 4)).sum().backward()
+            with Calls() as seen:
+                optimizer.step()
+        counts.append(seen.names)
+    more = {name: counts[1][name] - counts[0][name] for name in counts[1]}
+    assert more["bmm"] == 2 * 6  # for each of the two new kinds
+    assert all(added <= 0 for name, added in more.items() if name.startswith("_foreach"))
+
+
+@pytest.mark.parametrize("structure", ["dense", "diagonal"])
+def test_directions_lie_as_their_parameters_do(structure):
+    model = nn.Sequential(nn.Embedding(5, 4), *(Block() for _ in range(3)), nn.Linear(4, 3))
+    optimizer = KFAC(model, structure=structure, norms=True, warn_unsupported=False)
+    directions: dict[Tensor, Tensor] = {}
+    for step in range(2):
+        optimizer.zero_grad()
+        model(torch.arange(5)).sum().backward()
+        with torch.no_grad():
+            directions = optimizer._directions(optimizer._active()) if step else {}
+        optimizer.step()
+    assert len(directions) == len(list(model.parameters()))
+    assert all(d.stride() == p.stride() and d.shape == p.shape for p, d in directions.items())
 
 
 def test_states_lie_side_by_side_and_are_saved_apart():

@@ -7,6 +7,9 @@ from hypothesis import strategies as st
 from optimizers import REFUSED, Mixed, changed, copied, each_optimizer, loss_of, train
 from torch import nn
 
+from tn_kfac import KFAC
+from tn_kfac.optim import rules
+
 FACTORED = {"conv.weight", "conv.bias", "embedding.weight", "head.weight", "head.bias"}
 OTHERS = {"norm.weight", "norm.bias", "table.weight", "scale"}
 
@@ -68,6 +71,20 @@ def test_adamw_fallback_is_torch_adamw(digits, build, lr, momentum, weight_decay
     optimizer = build(model, fallback="adamw", lr=lr, momentum=momentum, weight_decay=weight_decay)
     options = {"lr": lr, "betas": (momentum, 0.999), "weight_decay": weight_decay}
     _assert_same_as_torch(digits, optimizer, model, torch.optim.AdamW, **options)
+
+
+def test_fused_adamw_is_adamw(digits, monkeypatch):
+    """As on a GPU, up to rounding."""
+    found = []
+    for fused in (False, True):
+        torch.manual_seed(0)
+        model = Mixed()
+        monkeypatch.setattr(rules, "_fuses", lambda *tensors, fused=fused: fused)
+        optimizer = KFAC(model, fallback="adamw", warn_unsupported=False)
+        train(model, optimizer, digits, range(3))
+        found.append(copied(model))
+    for name, value in found[0].items():
+        torch.testing.assert_close(found[1][name], value)
 
 
 @each_optimizer

@@ -13,7 +13,6 @@ from tn_kfac.optim.inverses import (
     eigen,
     inverses,
     newton_inverse,
-    orthogonal_step,
     warm_iterations,
 )
 from tn_kfac.structures import BlockDiagonal, Dense, Diagonal, Structure
@@ -155,7 +154,7 @@ def test_eigh_that_fails_is_tried_again(monkeypatch):
 
     monkeypatch.setattr(torch.linalg, "eigh", failing)
     stack = torch.stack([torch.eye(3) * scale for scale in (2.0, 3.0, 7.0)])
-    monkeypatch.setattr("tn_kfac.optim.inverses.MORE_DAMPING", (0.0,))
+    monkeypatch.setattr("tn_kfac.optim.eigenvectors.MORE_DAMPING", (0.0,))
     values, basis = eigen([Request(Dense(), (stack,))])[0]
     assert values[:2].tolist() == [[2.0] * 3, [3.0] * 3]
     assert values[2].isnan().all() and basis[2].isnan().all()
@@ -202,26 +201,6 @@ def test_orthogonal_step(shapes):
 def _width(space: Structure, dim: int) -> int:
     """Rows of a space's blocks."""
     return 1 if isinstance(space, Diagonal) else getattr(space, "size", dim)
-
-
-def test_orthogonal_steps_converge():
-    """However far the first ones are, and to the same eigenvalues."""
-    matrix = positive(Dense(), 2, 6, 0)
-    basis = torch.eye(6, dtype=DTYPE).expand(2, 6, 6)
-    for _ in range(2000):
-        values, basis = orthogonal_step(matrix, basis)
-    exact = torch.linalg.eigvalsh(matrix).flip(-1)
-    torch.testing.assert_close(values, exact, rtol=1e-9, atol=1e-9)
-    diagonal = basis.mT @ matrix @ basis
-    torch.testing.assert_close(diagonal, torch.diag_embed(exact), rtol=1e-6, atol=1e-6)
-
-
-def test_orthogonal_step_of_what_is_not_finite():
-    matrix = positive(Dense(), 2, 4, 0)
-    matrix[0, 1, 2] = float("nan")
-    values, basis = orthogonal_step(matrix, torch.eye(4, dtype=DTYPE).expand(2, 4, 4))
-    assert values[0].isnan().all() and basis[0].isnan().all()
-    assert values[1].isfinite().all() and basis[1].isfinite().all()
 
 
 @pytest.mark.parametrize(("damping", "error"), [(1e-1, 0.05), (1e-2, 0.05), (1e-6, None)])

@@ -37,6 +37,18 @@ def product(left: Tensor, right: Tensor) -> Tensor:
     return parted(left, right) if _pays(left, right) else left @ right
 
 
+def precise(left: Tensor, right: Tensor) -> Tensor:
+    """left @ right in full precision; of float32 as in `product` on a GPU that may use TF32."""
+    rounds = left.is_cuda and left.dtype == right.dtype == torch.float32 and _rounds()
+    return parted(left, right) if rounds else left @ right
+
+
+@torch.compiler.assume_constant_result
+def _rounds() -> bool:
+    """Whether float32 products on a GPU may round what they multiply, to TF32."""
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
 def parted(left: Tensor, right: Tensor) -> Tensor:
     """The three products of the parts of two matrices, or two batches of them, in float32."""
     a, b = _parts(left)

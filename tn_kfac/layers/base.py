@@ -13,7 +13,7 @@ a class of a package that may be missing.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import singledispatch
 from math import prod
@@ -188,7 +188,17 @@ class Layer(ABC):
         parts = [] if weight is None else [self.to_matrix(weight)]
         if bias is not None:
             parts.append(bias.reshape(self.groups, -1, 1))
-        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=self._bias_dim)
+        return self.bordered(parts)
+
+    def bordered(self, parts: Sequence[Tensor]) -> Tensor:
+        """Matrices of weights with their biases beside them, or either alone."""
+        return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=self._bias_dim)
+
+    def unbordered(self, matrix: Tensor) -> tuple[Tensor, Tensor]:
+        """The inverse of `bordered` for weights with biases: copies of either."""
+        own = matrix.shape[self._bias_dim] - 1
+        weights, biases = matrix.split((own, 1), dim=self._bias_dim)
+        return weights.contiguous(), biases.contiguous()
 
     def parted(
         self, matrix: Tensor, weight: torch.Size | None, bias: torch.Size | None

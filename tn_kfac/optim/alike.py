@@ -8,7 +8,7 @@ whole is that of one layer.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -25,6 +25,8 @@ from tn_kfac.optim.updates import lengthened, smoothed
 State = dict[str, Any]
 LARGE = 1 << 22
 """Entries of a factor that keeps a GPU busy alone: such ones stay apart, for the memory."""
+TOGETHER = 1 << 24
+"""Entries of the gradients that are computed at once, for the memory."""
 
 
 def joined(states: Sequence[State], keys: Iterable[str]) -> State:
@@ -129,43 +131,152 @@ class AlikeOptimizer(OwnedOptimizer):
     def _take_in_gradients(self, active: Sequence[Active]) -> None:
         """Second moments of the batch's gradients, which every step has."""
         wanted = [a for a in active if a.group["ekfac"] == "ema" and a.state["inverted"]]
-        for layers in classes(wanted):
-            first, recipe = layers[0], layers[0].binding.tap.recipe
-            gradients = [a.binding.gradient_matrix(lambda _, gradient: gradient) for a in layers]
-            state, matrix = first.state, gradients[0]
-            if len(layers) > 1:
-                keys = ("A_basis", "G_basis", "moments", "moments_weight")
-                state, matrix = joined([a.state for a in layers], keys), torch.cat(gradients)
-            spaces = (recipe.input_structure, recipe.output_structure)
-            moments = to_basis(matrix, spaces, (state["A_basis"], state["G_basis"])).square()
-            update_moments(state, moments, first.group["factor_decay"])
+        keys = ("A_basis", "G_basis", "moments", "moments_weight")
+        for found in _batches(classes(wanted)):
+            states, moments = [], []
+            for layers in found:
+                recipe, several = layers[0].binding.tap.recipe, len(layers) > 1
+                state = joined([a.state for a in layers], keys) if several else layers[0].state
+                matrix = _matrix(layers, _gradients(layers))
+                spaces = (recipe.input_structure, recipe.output_structure)
+                turned = to_basis(matrix, spaces, (state["A_basis"], state["G_basis"]))
+                states.append(state)
+                moments.append(turned.square())
+            update_moments(states, moments, found[0][0].group["factor_decay"])
 
     def _directions(self, active: Sequence[Active]) -> dict[Tensor, Tensor]:
         if self._owners.apart:
             return super()._directions(active)
         found: dict[Tensor, Tensor] = {}
-        for layers in classes(active):
-            first, states = layers[0], [layer.state for layer in layers]
-            if len(layers) == 1:
-                found |= self._layer_directions(first)
-                continue
-            keys = inverse_keys(first.state)
-            keys += [key for key in ("moments", "moments_weight") if key in first.state]
-            matrices = self._gradients(layers)
-            together = first._replace(state=joined(states, keys))
-            directions = self._direction(together, torch.cat(matrices)).split(1)
-            for layer, matrix, direction in zip(layers, matrices, directions, strict=True):
-                lengthy = lengthened(direction, matrix, layer.state, layer.group)
-                found |= layer.binding.directions(lengthy)
+        for layer in active:
+            if _alone(layer):
+                found |= self._layer_directions(layer)
+        for several in _batches(classes([layer for layer in active if not _alone(layer)])):
+            ready = self._ready_gradients([layer for layers in several for layer in layers])
+            matrices = [_matrix(layers, ready) for layers in several]
+            directions = self._directions_all([_joined(layers) for layers in several], matrices)
+            for layers, matrix, direction in zip(several, matrices, directions, strict=True):
+                found |= _handed_out(layers, matrix, direction)
         return found
 
-    def _gradients(self, layers: Sequence[Active]) -> list[Tensor]:
-        """What of layers of one group is preconditioned, as matrices; momentum of all at once."""
+    def _ready_gradients(self, layers: Sequence[Active]) -> dict[Tensor, Tensor]:
+        """Of layers of one group, what of each parameter is preconditioned."""
         group = layers[0].group
-        pairs = [(p, p.grad) for a in layers for p in a.binding.parameters if p.grad is not None]
-        if group["precondition"] == "gradient" or any(g.is_sparse for _, g in pairs):
-            return [self._gradient(layer) for layer in layers]
-        states = [self.state[p] for p, _ in pairs]
-        ready = dict(zip((p for p, _ in pairs), smoothed([g for _, g in pairs], states, group),
-                         strict=True))  # fmt: skip
-        return [layer.binding.gradient_matrix(lambda p, _: ready[p]) for layer in layers]
+        pairs = {p: grad for p, grad in _gradients(layers).items() if grad is not None}
+        if group["precondition"] == "gradient":
+            return pairs
+        states = [self.state[p] for p in pairs]
+        return dict(zip(pairs, smoothed(list(pairs.values()), states, group), strict=True))
+
+    def _directions_all(self, layers: Sequence[Active], matrices: Sequence[Tensor]) -> list[Tensor]:
+        """Matrices of layers of one group at one step, preconditioned unless they warm up."""
+        if layers[0].state["step"] < layers[0].group["warmup"]:
+            return list(matrices)
+        return self._precondition_all(layers, matrices)
+
+    def _precondition_all(
+        self, layers: Sequence[Active], matrices: Sequence[Tensor]
+    ) -> list[Tensor]:
+        """The preconditioned joint gradients of such layers."""
+        pairs = zip(layers, matrices, strict=True)
+        return [self._precondition(a.state, m, a.binding.tap.recipe, a.group) for a, m in pairs]
+
+
+def _gradients(layers: Sequence[Active]) -> dict[Tensor, Tensor | None]:
+    return {p: p.grad for layer in layers for p in layer.binding.parameters}
+
+
+def _alone(layer: Active) -> bool:
+    """Whether a layer's gradient is not a plain tensor."""
+    return layer.binding.sharded or any(
+        p.grad is not None and p.grad.is_sparse for p in layer.binding.parameters
+    )
+
+
+def _joined(layers: Sequence[Active]) -> Active:
+    """Layers that are alike as one that can be preconditioned."""
+    first = layers[0]
+    if len(layers) == 1:
+        return first
+    keys = inverse_keys(first.state)
+    keys += [key for key in ("moments", "moments_weight") if key in first.state]
+    return first._replace(state=joined([layer.state for layer in layers], keys))
+
+
+def _batches(found: Sequence[list[Active]]) -> list[list[list[Active]]]:
+    """Classes of one group at one step, as many as the memory for their gradients allows."""
+    batches: dict[Hashable, list[list[list[Active]]]] = {}
+    sizes: dict[Hashable, int] = {}
+    for layers in found:
+        binding, group, state, _ = layers[0]
+        recipe = binding.tap.recipe
+        size = len(layers) * recipe.layer.groups * recipe.dim_in * recipe.dim_out
+        key = (id(group), state["step"], bool(state.get("updates")), binding.sharded)
+        if key not in sizes or sizes[key] + size > TOGETHER:
+            batches.setdefault(key, []).append([])
+            sizes[key] = 0
+        sizes[key] += size
+        batches[key][-1].append(layers)
+    return [batch for several in batches.values() for batch in several]
+
+
+def _is_uniform(layers: Sequence[Active]) -> bool:
+    """Whether layers have the same kinds of parameters, all of them with gradients."""
+    bindings = [layer.binding for layer in layers]
+    kinds = {(b.site.layer.bias_is, b.weight is None, b.bias is None) for b in bindings}
+    return len(kinds) == 1 and all(p.grad is not None for b in bindings for p in b.parameters)
+
+
+def _matrix(layers: Sequence[Active], ready: Mapping[Tensor, Tensor | None]) -> Tensor:
+    """What is ready of layers that are alike as one joint matrix, (layers · groups, …)."""
+    bindings = [layer.binding for layer in layers]
+    if len(layers) == 1 or not _is_uniform(layers):
+        matrices = [b.gradient_matrix(lambda p, _: _known(ready, p)) for b in bindings]
+        return matrices[0] if len(layers) == 1 else torch.cat(matrices)
+    weighted = [(b.site.layer, b.weight) for b in bindings if b.weight is not None]
+    weights = [layer.to_matrix(_known(ready, weight)) for layer, weight in weighted]
+    biases = [_known(ready, b.bias) for b in bindings if b.bias is not None]
+    parts = [torch.cat(weights)] if weights else []
+    parts += [torch.stack(biases)[..., None]] if biases else []
+    return bindings[0].site.layer.bordered(parts)
+
+
+def _handed_out(
+    layers: Sequence[Active], matrices: Tensor, directions: Tensor
+) -> dict[Tensor, Tensor]:
+    """The directions of the parameters of layers that are alike, from their joint one.
+
+    Each as its parameter lies in memory: multi-tensor launches want that.
+    """
+    group, groups = layers[0].group, len(directions) // len(layers)
+    lengthy = group["graft"] is not None or group["update_rms"] is not None
+    pairs = [(layer.binding.weight, layer.binding.bias) for layer in layers]
+    found: dict[Tensor, Tensor] = {}
+    if len(layers) == 1 or lengthy or any(p is None for p in pairs[0]) or not _is_uniform(layers):
+        parts = zip(layers, matrices.split(groups), directions.split(groups), strict=True)
+        for layer, matrix, part in parts:
+            direction = lengthened(part, matrix, layer.state, group)
+            own = layer.binding.directions(direction)
+            found |= {p: _laid_out(d, p) for p, d in own.items()}
+        return found
+    weights, biases = layers[0].binding.site.layer.unbordered(directions)
+    split = zip(layers, pairs, weights.split(groups), biases.split(groups), strict=True)
+    for layer, (weight, bias), left, right in split:
+        assert weight is not None and bias is not None
+        own = layer.binding.site.layer.from_matrix(left, weight.shape).to(weight.dtype)
+        found[weight] = _laid_out(own, weight)
+        found[bias] = right.reshape(bias.shape).to(bias.dtype)
+    return found
+
+
+def _laid_out(direction: Tensor, parameter: Tensor) -> Tensor:
+    """A direction with the strides of its parameter."""
+    if direction.stride() == parameter.stride():
+        return direction
+    return torch.empty_like(parameter, dtype=direction.dtype).copy_(direction)
+
+
+def _known(ready: Mapping[Tensor, Tensor | None], parameter: Tensor) -> Tensor:
+    tensor = ready[parameter]
+    assert tensor is not None
+    return tensor

@@ -10,9 +10,12 @@ The curvature of a layer is G ⊗ A. With damping λ, a preconditioner is one of
 where the exponent e is 1 for the natural gradient.
 """
 
+# pyright: reportPrivateImportUsage=false
+
 from __future__ import annotations
 
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -38,20 +41,31 @@ def shifts(
     return root * pi, root / pi
 
 
+class Turned(NamedTuple):
+    """A gradient matrix, and the state whose eigenvalues and eigenvectors precondition it."""
+
+    state: State
+    matrix: Tensor
+    spaces: tuple[Structure, Structure]
+
+    @property
+    def bases(self) -> tuple[Tensor, Tensor]:
+        """The eigenvectors of A and of G."""
+        return self.state["A_basis"], self.state["G_basis"]
+
+
 def in_eigenbasis(
-    state: State,
-    matrix: Tensor,
-    spaces: tuple[Structure, Structure],
-    mode: Mode,
-    damping: Damping,
-    exponent: float,
-) -> Tensor:
-    """The preconditioned gradient matrix, by eigenvalues and eigenvectors in the state."""
-    bases = (state["A_basis"], state["G_basis"])
-    values = _denominators(state, mode, damping)
-    values = values.clamp(min=torch.finfo(values.dtype).tiny)  # without damping, 0 / 0 is 0
-    scaled = to_basis(matrix, spaces, bases) / values**exponent
-    return from_basis(scaled, spaces, bases)
+    parts: Sequence[Turned], mode: Mode, damping: Damping, exponent: float
+) -> list[Tensor]:
+    """The preconditioned gradient matrices, by eigenvalues and eigenvectors in the states."""
+    values = [_denominators(part.state, mode, damping) for part in parts]
+    least = [torch.finfo(v.dtype).tiny for v in values]
+    torch._foreach_clamp_min_(values, least)  # without damping, 0 / 0 is 0
+    if exponent == 0.5:
+        torch._foreach_sqrt_(values)
+    turned = [to_basis(part.matrix, part.spaces, part.bases) for part in parts]
+    scaled = torch._foreach_div(turned, values)
+    return [from_basis(s, p.spaces, p.bases) for s, p in zip(scaled, parts, strict=True)]
 
 
 def _denominators(state: State, mode: Mode, damping: Damping) -> Tensor:
@@ -70,8 +84,7 @@ def kronecker_eigenvalues(state: State) -> Tensor:
     if "moments" not in state:
         return products
     weight = state["moments_weight"][:, None, None]
-    tiny = torch.finfo(weight.dtype).tiny
-    return torch.where(weight > 0, state["moments"] / weight.clamp(min=tiny), products)
+    return torch.where(weight > 0, state["moments"] / weight, products)
 
 
 def by_inverses(state: State, matrix: Tensor, spaces: tuple[Structure, Structure]) -> Tensor:

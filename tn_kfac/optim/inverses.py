@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from tn_kfac.kernels.products import product
+from tn_kfac.optim.eigenvectors import MORE_DAMPING, eigh, orthogonal_step, polished
 from tn_kfac.structures import Structure
 
 Inverse = Literal["eigh", "qr", "cholesky", "newton-schulz"]
@@ -34,9 +35,6 @@ SAFE_RADIUS = 0.95
 """Of I − B X, for Newton-Schulz to start from X as it is; it converges below 1."""
 ALONE = 1 << 22
 """Entries of a block that keeps a GPU busy alone: such ones are not stacked, for the memory."""
-MORE_DAMPING = (1e-4, 1e-2)
-"""What is added to a difficult block, relative to its mean diagonal entry: inverses of less
-damped ones would have no accurate digits in float32."""
 
 
 class Request(NamedTuple):
@@ -56,12 +54,23 @@ def eigen(
     """
     function: Blockwise = orthogonal_step
     if iterations == COLD_ITERATIONS or any(len(r.matrices) == 1 for r in requests):
-        function, requests = _eigh, [r._replace(matrices=r.matrices[:1]) for r in requests]
+        function, requests = eigh, [r._replace(matrices=r.matrices[:1]) for r in requests]
+    else:
+        requests = [_orthogonal(request) for request in requests]
     found = []
     for request, parts in zip(requests, _blockwise(function, requests), strict=True):
         values = torch.cat([part[0].flatten(1) for part in parts], dim=-1)
         found.append((values, request.space.from_blocks([part[1] for part in parts])))
     return found
+
+
+def _orthogonal(request: Request) -> Request:
+    """With last eigenvectors that are orthogonal, also where they were stored in few digits."""
+    matrix, last = request.matrices
+    if last.dtype.itemsize >= torch.float32.itemsize:
+        return request
+    blocks = [polished(block.float())[0] for block in request.space.blocks(last)]
+    return request._replace(matrices=(matrix, request.space.from_blocks(blocks)))
 
 
 def warm_iterations(new: float | None) -> int:
@@ -123,66 +132,6 @@ def _stacked(
         return [function(*blocks) for blocks in arguments]
     joined = [torch.cat(list(parts)) for parts in zip(*arguments, strict=True)]
     return list(zip(*(part.split(counts) for part in function(*joined)), strict=True))
-
-
-@torch.library.custom_op("tn_kfac::eigh", mutates_args=())
-def _eigh(stack: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues (n, b) and eigenvectors (n, b, b); NaN where there are none.
-
-    Eigenvalues that rounding cannot tell from zero are as large as the rounding is.
-    """
-    if stack.shape[-1] == 1:
-        return stack[..., 0].clamp(min=0.0).contiguous(), torch.ones_like(stack)
-    finite = stack.isfinite().flatten(1).all(-1)
-    safe = torch.where(finite[:, None, None], stack, torch.eye(stack.shape[-1]).to(stack))
-    try:
-        values, vectors = torch.linalg.eigh(safe)
-    except RuntimeError:  # of torch.linalg, or of the vendor's library beneath it
-        values, vectors = map(torch.stack, zip(*map(_patient_eigh, safe), strict=True))
-    return torch.where(finite[:, None], _raised(values), torch.nan), vectors.contiguous()
-
-
-@_eigh.register_fake
-def _(stack: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(stack[..., 0]), torch.empty_like(stack)
-
-
-def _raised(values: Tensor) -> Tensor:
-    """Eigenvalues, those that rounding cannot tell from zero as large as the rounding is."""
-    least = torch.finfo(values.dtype).eps * values.amax(-1, True).clamp(min=0.0)
-    return torch.maximum(values, least)
-
-
-def orthogonal_step(stack: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues and eigenvectors by one step of orthogonal iteration from the last ones.
-
-    The Q of B · last, columns by falling Rayleigh quotients, and the quotients of Q
-    (https://arxiv.org/abs/2409.11321, Algorithm 4); NaN of what is not finite.
-    """
-    if stack.shape[-1] == 1:
-        return stack[..., 0].clamp(min=0.0), torch.ones_like(stack)
-    image = product(stack, last)
-    order = (last * image).sum(-2, keepdim=True).argsort(-1, descending=True)
-    image = image.gather(-1, order.expand_as(image))
-    finite = image.isfinite().all(-1, True).all(-2, True)
-    eye = torch.eye(stack.shape[-1], dtype=stack.dtype, device=stack.device)
-    Q = torch.linalg.qr(torch.where(finite, image, eye)).Q
-    values = torch.where(finite[..., 0], (Q * product(stack, Q)).sum(-2), torch.nan)
-    return _raised(values), torch.where(finite, Q, torch.nan)
-
-
-def _patient_eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Of one matrix, in float64 on the CPU with ever more damping; NaN if all fails."""
-    exact = matrix.double().cpu()
-    eye = torch.eye(len(exact), dtype=exact.dtype)
-    for damping in (0.0, *MORE_DAMPING):
-        try:
-            shifted = exact + damping * exact.diagonal().mean() * eye
-            values, vectors = torch.linalg.eigh(shifted)
-        except RuntimeError:
-            continue
-        return values.to(matrix), vectors.to(matrix)
-    return torch.full_like(matrix[0], torch.nan), torch.full_like(matrix, torch.nan)
 
 
 def _cholesky_inverse(stack: Tensor) -> tuple[Tensor]:

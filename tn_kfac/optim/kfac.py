@@ -16,7 +16,7 @@ from tn_kfac.optim import checks, intervals, pending, refresh
 from tn_kfac.optim.alike import AlikeOptimizer
 from tn_kfac.optim.averages import update_averages, update_moments
 from tn_kfac.optim.binding import Active, Binding
-from tn_kfac.optim.damping import by_inverses, in_eigenbasis
+from tn_kfac.optim.damping import Turned, by_inverses, in_eigenbasis
 from tn_kfac.optim.groups import Group
 from tn_kfac.optim.inverses import EIGEN, Inverse, warm_iterations
 from tn_kfac.optim.kfac_options import OPTION_CHECKS, SHARING, check_layer, checked, damping_now
@@ -220,7 +220,7 @@ class KFAC(AlikeOptimizer):
     ) -> None:
         update_averages(state, captured.factors, group["factor_decay"])
         if captured.moments is not None and state["inverted"]:
-            update_moments(state, captured.moments, group["factor_decay"])
+            update_moments([state], [captured.moments], group["factor_decay"])
 
     def _refresh(self, active: Sequence[Active]) -> None:
         """New inverses of all layers whose turn it is, together."""
@@ -310,5 +310,23 @@ class KFAC(AlikeOptimizer):
         spaces = (recipe.input_structure, recipe.output_structure)
         if group["inverse"] not in EIGEN:
             return by_inverses(state, matrix, spaces)
-        options = (group["damping_mode"], damping_now(state, group), group["exponent"])
-        return in_eigenbasis(state, matrix, spaces, *options)
+        return self._in_eigenbasis([Turned(state, matrix, spaces)], group)[0]
+
+    def _precondition_all(
+        self, layers: Sequence[Active], matrices: Sequence[Tensor]
+    ) -> list[Tensor]:
+        _, group, state, _ = layers[0]
+        if not state.get("updates") or group["inverse"] not in EIGEN:
+            return super()._precondition_all(layers, matrices)
+        recipes = [layer.binding.tap.recipe for layer in layers]
+        parts = [
+            Turned(layer.state, matrix, (recipe.input_structure, recipe.output_structure))
+            for layer, matrix, recipe in zip(layers, matrices, recipes, strict=True)
+        ]
+        return self._in_eigenbasis(parts, group)
+
+    @staticmethod
+    def _in_eigenbasis(parts: Sequence[Turned], group: Group) -> list[Tensor]:
+        """Of layers of one group, at one step of theirs."""
+        damping = damping_now(parts[0].state, group)
+        return in_eigenbasis(parts, group["damping_mode"], damping, group["exponent"])

@@ -102,7 +102,8 @@ def decompose(requests: Sequence[Request], how: How) -> Found:
 
 def finite(part: Sequence[Tensor]) -> Tensor:
     """For which channel groups all tensors are finite."""
-    return torch.stack([tensor.abs().flatten(1).amax(-1).isfinite() for tensor in part]).all(0)
+    largest = [torch.linalg.vector_norm(tensor.flatten(1), torch.inf, dim=1) for tensor in part]
+    return (torch.stack(largest) < torch.inf).all(0)
 
 
 def hand_out(

@@ -66,12 +66,18 @@ def adamw(
     states: Sequence[State],
     group: dict[str, Any],
 ) -> None:
-    """AdamW with β₁ = momentum, β₂ = beta2 (https://arxiv.org/abs/1711.05101)."""
+    """AdamW with β₁ = momentum, β₂ = beta2 (https://arxiv.org/abs/1711.05101).
+
+    On a GPU in one launch, which counts steps there.
+    """
+    fused = _fuses(params, directions)
     for param, state in zip(params, states, strict=True):
         if "exp_avg" not in state:
             state["step"] = torch.zeros((), dtype=torch.float32)
             state["exp_avg"] = torch.zeros_like(param)
             state["exp_avg_sq"] = torch.zeros_like(param)
+        if fused:
+            state["step"] = state["step"].to(param.device)
     torch_adamw(
         list(params),
         list(directions),
@@ -79,6 +85,7 @@ def adamw(
         [state["exp_avg_sq"] for state in states],
         [],
         [state["step"] for state in states],
+        fused=fused or None,
         amsgrad=False,
         beta1=group["momentum"],
         beta2=group["beta2"],
@@ -86,6 +93,14 @@ def adamw(
         weight_decay=group["weight_decay"],
         eps=group["eps"],
         maximize=False,
+    )
+
+
+def _fuses(params: Sequence[Tensor], directions: Sequence[Tensor]) -> bool:
+    """Whether torch's fused AdamW, one launch on a GPU, takes these parameters."""
+    return not torch.compiler.is_compiling() and all(
+        p.is_cuda and p.is_floating_point() and d.dtype == p.dtype and not d.is_sparse
+        for p, d in zip(params, directions, strict=True)
     )
 
 

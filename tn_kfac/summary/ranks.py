@@ -21,7 +21,7 @@ from tn_kfac.optim.ranks import COUNTS, counts_apart
 from tn_kfac.optim.shared_inverses import costs
 from tn_kfac.optim.shared_updates import price, update_cost
 
-FLOPS = {"eigh": 9, "qr": 7, "cholesky": 1, "newton-schulz": 6 * COLD_ITERATIONS}
+FLOPS = {"eigh": 9, "qr": 16, "cholesky": 1, "newton-schulz": 6 * COLD_ITERATIONS}
 """Of a decomposition, for each b³ (Golub and Van Loan, Matrix Computations, Sections 8.3 and 4.2);
 of Newton-Schulz from a multiple of I, after which a few iterations do."""
 META = torch.device("meta")
