@@ -32,8 +32,8 @@ class Tap(torch.autograd.Function):
     """Identity on a layer's output, whose backward hands statistics to the probes."""
 
     @staticmethod
-    def forward(ctx: Any, output: Tensor, layer_tap: LayerTap, samples: Samples, held: bool,
-                count: int, *tensors: Tensor) -> Tensor:  # fmt: skip
+    def forward(ctx: Any, output: Tensor, call: tuple[LayerTap, Samples], held: bool, count: int,
+                *tensors: Tensor) -> Tensor:  # fmt: skip
         """Return `output`; of `tensors`, save the first `count`, as the layer itself does.
 
         The others are the probes. An output that others may hold is returned itself, marked as
@@ -42,8 +42,7 @@ class Tap(torch.autograd.Function):
         gradient then; if nobody holds it, what is returned shares its memory and version alone.
         """
         ctx.save_for_backward(*tensors[:count])
-        ctx.layer_tap = layer_tap
-        ctx.samples = samples
+        ctx.call = call
         if not held:
             return output.detach()
         ctx.mark_dirty(output)
@@ -52,14 +51,14 @@ class Tap(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         """Pass the gradient on unchanged, and give each probe its statistic."""
-        gradient, tap, samples = gradients[0], ctx.layer_tap, ctx.samples
+        (gradient,), (tap, samples) = gradients, ctx.call
         if not tap.recording or not _runs(ctx.next_functions[-1][0]):
             return gradient, *(None,) * (len(ctx.needs_input_grad) - 1)
         saved = ctx.saved_tensors
         tap.forget_discarded()
         tap.met.append(samples)
         statistics = tap.measure(saved, gradient, samples.count_once(tap.epoch))
-        return gradient, *(None,) * (4 + len(saved)), *statistics
+        return gradient, *(None,) * (3 + len(saved)), *statistics
 
 
 def _runs(node: Any) -> bool:
@@ -104,22 +103,22 @@ class LayerTap:
         self.basis: Basis = None
         self.turn = 0
         self._probes: tuple[Tensor, ...] = ()
-        self._packed = PackedStatistics(recipe)
+        self._packed = PackedStatistics(recipe, dtype)
         self.key = register(self)
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any],
                  output: Tensor) -> Tensor | None:  # fmt: skip
         """Forward hook: replace the output by its tapped self where gradients will flow."""
-        if not (self.enabled and torch.is_grad_enabled() and output.requires_grad):
+        if not (self.enabled and output.requires_grad and torch.is_grad_enabled()):
             return None
         if torch.compiler.is_compiling():
             return self._traced(module, args, kwargs, output)
         if _transformed() or not self._trains(module):
             return None
         saved = self.recipe.layer.saved(module, args, kwargs) if self.recipe.has_weight else ()
-        samples, probes = self.scope or self._samples(), self.probes_on(output.device)
+        call, probes = (self, self.scope or self._samples()), self.probes_on(output.device)
         held = not (output._is_view() and self._is_first(module))
-        return Tap.apply(output, self, samples, held, len(saved), *saved, *probes)
+        return Tap.apply(output, call, held, len(saved), *saved, *probes)
 
     def _is_first(self, module: nn.Module) -> bool:
         """Whether no forward hook of others has seen the output before."""
@@ -172,7 +171,7 @@ class LayerTap:
     def measure(self, saved: Saved, gradient: Tensor, first_use: bool) -> tuple[Tensor, ...]:
         """The statistics of one call, outside of any autograd graph and autocast region."""
         if self.recipe.packed and self.measures_input and self.recipe.fisher != "forward-only":
-            packed = self._packed(saved, gradient, self.dtype, first_use, self.turn)
+            packed = self._packed(saved, gradient, first_use, self.turn)
             if packed is not None:
                 return (packed,)
         saved = tuple(tensor.detach() for tensor in saved)
