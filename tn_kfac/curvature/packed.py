@@ -46,24 +46,22 @@ class PackedStatistics:
         self._counters: dict[torch.device, Tensor] = {}
         self._calls: dict[Hashable, _Known | None] = {}
 
-    def __call__(
-        self, saved: Saved, gradient: Tensor, first_use: bool, turn: int
-    ) -> Tensor | None:
+    def __call__(self, saved: Saved, gradient: Tensor, first_use: bool, turn: int) -> Tensor | None:
         """The vector of one call, None where the kernel does not do it (see `statistics`)."""
         if not saved:
             return None
         whole, share = gradient.shape, 1.0
         if self.recipe.every != 1:
             saved, gradient, share = self.recipe.thinned(saved, gradient, turn)
-        x = saved[0]
-        key = (first_use, share, whole, x.shape, x.stride(), x.dtype, gradient.shape,
-               gradient.stride(), gradient.dtype, gradient.device)  # fmt: skip
-        if key not in self._calls:
+        x = saved[0]  # the share says how many samples there were
+        key = (first_use, share, x.shape, x.stride(), x.dtype, gradient.shape, gradient.stride(),
+               gradient.dtype, gradient.device)  # fmt: skip
+        known = self._calls.get(key)
+        if known is None and key not in self._calls:
             if len(self._calls) == KEPT:
                 self._calls.clear()
             terms = self.recipe.terms(whole, first_use)
-            self._calls[key] = self._known(saved, gradient, terms, share)
-        known = self._calls[key]
+            known = self._calls[key] = self._known(saved, gradient, terms, share)
         if known is None:
             return None
         if known.as_they_are:

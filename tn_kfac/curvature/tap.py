@@ -115,8 +115,11 @@ class LayerTap:
             return self._traced(module, args, kwargs, output)
         if _transformed() or not self._trains(module):
             return None
-        saved = self.recipe.layer.saved(module, args, kwargs) if self.recipe.has_weight else ()
-        call, probes = (self, self.scope or self._samples()), self.probes_on(output.device)
+        recipe, probes = self.recipe, self._probes
+        saved = recipe.layer.saved(module, args, kwargs) if recipe.has_weight else ()
+        if not probes or probes[0].device != output.device:
+            probes = self.probes_on(output.device)
+        call = self, self.scope or self._samples()
         held = not (output._is_view() and self._is_first(module))
         return Tap.apply(output, call, held, len(saved), *saved, *probes)
 
@@ -137,8 +140,8 @@ class LayerTap:
     def _trains(self, module: Any) -> bool:
         """Whether one of the parameters takes gradients now."""
         recipe = self.recipe
-        return (recipe.has_weight and module.weight.requires_grad) or (
-            recipe.has_bias and module.bias.requires_grad
+        return (recipe.has_weight and _requires_grad(module, "weight")) or (
+            recipe.has_bias and _requires_grad(module, "bias")
         )
 
     def forget_discarded(self) -> None:
@@ -230,6 +233,8 @@ class AutocastInput:
     """Pre-hook: the cast that autocast would make inside, so layer and tap save one tensor."""
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        if not (torch.compiler.is_compiling() or torch._C._is_any_autocast_enabled()):
+            return None
         x = args[0] if args else None
         if not isinstance(x, Tensor) or x.dtype != torch.float32:
             return None
@@ -245,6 +250,12 @@ def has_gradient(tensors: Iterable[Tensor]) -> bool:
         if tensor.grad is not None:
             return True
     return False
+
+
+def _requires_grad(module: nn.Module, name: str) -> bool:
+    """Whether a parameter takes gradients; as an attribute it is looked up by Python code."""
+    parameter = module._parameters.get(name)
+    return (getattr(module, name) if parameter is None else parameter).requires_grad
 
 
 def _transformed() -> bool:
