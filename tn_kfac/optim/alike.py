@@ -204,7 +204,12 @@ def _joined(layers: Sequence[Active]) -> Active:
 
 
 def _batches(found: Sequence[list[Active]]) -> list[list[list[Active]]]:
-    """Classes of one group at one step, as many as the memory for their gradients allows."""
+    """Classes of one group at one step, as many as the memory for their gradients allows.
+
+    In a compiled step, where steps are symbols, each is alone.
+    """
+    if torch.compiler.is_compiling():
+        return [[layers] for layers in found]
     batches: dict[Hashable, list[list[list[Active]]]] = {}
     sizes: dict[Hashable, int] = {}
     for layers in found:

@@ -107,7 +107,7 @@ class KroneckerOptimizer(SavedOptimizer):
         for binding in self._bindings:
             parameters = binding.parameters
             if has_gradient(parameters):
-                numbers = [where[p] for p in parameters]
+                numbers = [where[id(p)] for p in parameters]
                 group, state = self.param_groups[numbers[0]], self.state[parameters[0]]
                 found.append(Active(binding, group, state, numbers))
             elif not binding.sharded:

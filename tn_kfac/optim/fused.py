@@ -44,19 +44,14 @@ class Fused:
 
     def takes_factors(self, binding: Binding, state: State) -> bool:
         """Whether a layer's factors can be updated here."""
-        if not binding.tap.recipe.packed:  # whose factors may be another rank's
+        tap = binding.tap
+        if not tap.recipe.packed or torch.compiler.is_compiling():  # whose factors may be elsewhere
             return False
-        K, C, tap = state["K"], state["C"], binding.tap
-        device = K.device
-        if not (available(device) and C.device == device) or torch.compiler.is_compiling():
-            return False
+        K = state["K"]
         for probe in tap.probes:
-            if probe.device != device:
+            if probe.device != K.device:
                 return False
-        return (
-            K.dtype == C.dtype == tap.dtype == torch.float32
-            and tap.recipe.fisher != "forward-only"  # whose G is not measured
-        )
+        return _known(binding, K, state["C"])
 
     @staticmethod
     def takes_group(group: Group) -> bool:
@@ -101,16 +96,18 @@ class Fused:
         With the numbers of their groups.
         """
         binding, _, state, numbers = layer
-        if not self.takes_factors(binding, state):
+        if not binding.tap.recipe.packed:
             return None
         K, C, found = state["K"], state["C"], []
         for p, number in zip(binding.parameters, numbers, strict=True):
             gradient = p.grad
             if gradient is not None:
                 strides = p.stride()
-                key = (id(p), K.data_ptr(), C.data_ptr(), p.dtype, p.device, strides)
+                key = (id(p), K.data_ptr(), C.data_ptr(), K.dtype, C.dtype, p.dtype, p.device,
+                       strides)  # fmt: skip
                 if key not in self._weights:
-                    self._weights[key] = _weight(binding, p, K, C)
+                    known = _known(binding, K, C)
+                    self._weights[key] = _weight(binding, p, K, C) if known else None
                 weight = self._weights[key]
                 if weight is None or gradient.is_sparse or gradient.stride() != strides:
                     return None
@@ -178,6 +175,17 @@ def _buffer(parameter: Tensor, state: State) -> Tensor:
     return buffer
 
 
+def _known(binding: Binding, K: Tensor, C: Tensor) -> bool:
+    """Whether kernels know such factors of a layer."""
+    device, tap = K.device, binding.tap
+    return (
+        available(device)
+        and C.device == device
+        and K.dtype == C.dtype == tap.dtype == torch.float32
+        and tap.recipe.fisher != "forward-only"  # whose G is not measured
+    )
+
+
 def _weight(binding: Binding, p: Tensor, K: Tensor, C: Tensor) -> Weight | None:
     """How a parameter lies in memory, if it does so in one of the ways that kernels know."""
     layer, recipe = binding.site.layer, binding.tap.recipe
@@ -235,7 +243,8 @@ class FusedOptimizer(SharedUpdates):
 
     def _step_layers(self, active: Sequence[Active], counted: Sequence[bool]) -> None:
         rest, waits = [], []
-        taken = [self._fused.takes_group(group) for group in self.param_groups]
+        eager = not torch.compiler.is_compiling()
+        taken = [eager and self._fused.takes_group(group) for group in self.param_groups]
         members: list[list[tuple[Tensor, Weight]]] = [[] for _ in taken]
         for layer, counts in zip(active, counted, strict=True):
             ready = layer.state["step"] >= layer.group["warmup"]

@@ -28,9 +28,9 @@ class SavedOptimizer(HookedOptimizer):
     def _tell(self, layer: Active) -> None:
         """Tell a layer's tap what the next backward pass measures."""
 
-    def _where(self) -> dict[Tensor, int]:
-        """The number of each parameter's group."""
-        return {p: number for number, g in enumerate(self.param_groups) for p in g["params"]}
+    def _where(self) -> dict[int, int]:
+        """The number of each parameter's group, by its identity (a tensor takes long to hash)."""
+        return {id(p): number for number, g in enumerate(self.param_groups) for p in g["params"]}
 
     def state_dict(self) -> dict[str, Any]:
         """The state as plain tensors and numbers, none of them shared with the optimizer.
@@ -57,7 +57,7 @@ class SavedOptimizer(HookedOptimizer):
             group |= {key: value for key, value in kept.items() if group.get(key) is None}
         where = self._where()
         for binding in self._bindings:
-            numbers = [where[p] for p in binding.parameters]
+            numbers = [where[id(p)] for p in binding.parameters]
             group, state = self.param_groups[numbers[0]], self.state[binding.parameters[0]]
             self._tell(Active(binding, group, state, numbers))
 
@@ -70,7 +70,7 @@ class SavedOptimizer(HookedOptimizer):
         meta = torch.device("meta")
         where, groups = self._where(), self.param_groups
         fresh = {
-            b.parameters[0]: self._new_state(b, groups[where[b.parameters[0]]], meta)
+            b.parameters[0]: self._new_state(b, groups[where[id(b.parameters[0])]], meta)
             for b in self._bindings
         }
         return {

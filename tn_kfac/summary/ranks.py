@@ -110,7 +110,7 @@ def rank_costs(optimizer: OwnedOptimizer, world_size: int) -> RankCosts:
         raise TypeError(f"optimizer must be a SINGD or a KFAC, got {type(optimizer).__name__}")
     checks.interval("world_size", world_size)
     where = optimizer._where()
-    layers = [(b, optimizer.param_groups[where[b.parameters[0]]]) for b in optimizer._bindings]
+    layers = [(b, optimizer.param_groups[where[id(b.parameters[0])]]) for b in optimizer._bindings]
     dtype = optimizer._sums.dtype
     sums = [(_statistics(binding, dtype), _interval(group["T"])) for binding, group in layers]
     held = [_held(optimizer, *layer) for layer in layers]
