@@ -13,6 +13,7 @@ MODES = {
     "fp32": "float32, TF32 in convolutions only (torch's default)",
     "amp": "bfloat16 by autocast, channels_last",
     "compiled": "as amp, the model by torch.compile",
+    "reduce-overhead": "as compiled, by torch.compile's mode of that name: with CUDA graphs",
     "graph": "as amp, the whole step captured in one CUDA graph and replayed",
 }
 LEGEND = (

@@ -52,6 +52,8 @@ NETWORKS: Mapping[str, Network] = {
 }
 
 
+COMPILED = {"compiled": "default", "reduce-overhead": "reduce-overhead"}
+"""The mode of `torch.compile`, by ours."""
 EAGER = 20
 """Steps before one is captured: kernels are chosen by then, and averages as new as they will be."""
 
@@ -73,7 +75,9 @@ class Training:
             model = model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         self.images = images
         self.optimizer = build(model)
-        self.model: Any = torch.compile(model) if mode == "compiled" else model
+        self.model: Any = model
+        if mode in COMPILED:
+            self.model = torch.compile(model, mode=COMPILED[mode])
         self.eager = EAGER if mode == "graph" else 0
         """Steps before one is captured, if that is the mode."""
         self.peak: int | None = None
