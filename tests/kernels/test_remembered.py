@@ -15,7 +15,7 @@ from tn_kfac import SINGD
 from tn_kfac.curvature import packed
 from tn_kfac.curvature.packed import KEPT, PackedStatistics
 from tn_kfac.curvature.statistics import Recipe, statistics
-from tn_kfac.kernels import singd
+from tn_kfac.kernels import tables
 from tn_kfac.layers import layer_of
 from tn_kfac.optim import fused
 from tn_kfac.structures import Diagonal
@@ -53,17 +53,17 @@ def test_calls_of_other_shapes(every: int, monkeypatch: pytest.MonkeyPatch) -> N
 @needs_kernels
 def test_few_sets_of_layers_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
     """Layers that are skipped by chance make ever new sets."""
-    monkeypatch.setattr(singd, "KEPT", 6)
+    monkeypatch.setattr(tables, "KEPT", 6)
     torch.manual_seed(0)
     layers = nn.ModuleList(nn.Linear(3, width) for width in range(4, 8)).to(DEVICE)
     optimizer = SINGD(layers, T=1, structure="diagonal", warn_unsupported=False)
-    tables = optimizer._fused._tables
+    held = optimizer._fused._tables
     for step in range(1, 16):
         optimizer.zero_grad()
         used = [layer for bit, layer in enumerate(layers) if step >> bit & 1]
         sum(layer(torch.randn(2, 3, device=DEVICE)).square().mean() for layer in used).backward()
         optimizer.step()
-        assert 0 < len(tables._programs) <= 6 and len(tables._known) <= 6
+        assert 0 < len(held._programs) <= 6 and len(held._known) <= 9
 
 
 @needs_kernels
@@ -182,7 +182,7 @@ def test_parameters_without_factors_are_stepped_at_once(monkeypatch: pytest.Monk
     monkeypatch.setattr(
         fused,
         "step_parameters",
-        lambda tables, ps, *rest: launched.append(len(ps)) or real(tables, ps, *rest),
+        lambda tables, found: launched.append(len(found.given.tensors)) or real(tables, found),
     )
     net = Net().to(DEVICE)
     optimizer = SINGD(net, T=1)

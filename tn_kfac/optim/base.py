@@ -212,12 +212,12 @@ class KroneckerOptimizer(SavedOptimizer):
         if options["graft"] is not None and options["update_rms"] is not None:
             raise ValueError(
                 f"graft={options['graft']!r} and update_rms={options['update_rms']} both set the "
-                "length of an update: give one"
+                "length of an update: give one, and None for the other"
             )
         if options["graft"] == "adamw" and options["nesterov"]:
             raise ValueError(
                 "graft='adamw' has AdamW's averaged momentum, which nesterov=True would lengthen: "
-                "give one"
+                "give nesterov=False"
             )
         if options["graft"] == "adamw" and options["average_momentum"]:
             raise ValueError(
