@@ -29,6 +29,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.machine import ROOT, machine, set_precision, versions
 from benchmarks.measure import release
+from benchmarks.published import PUBLISHED
 from benchmarks.step.measuring import timed
 from benchmarks.step.optimizers import OPTIMIZERS, SGD, state_bytes
 from benchmarks.step.training import NETWORKS, Network, Training
@@ -127,7 +128,8 @@ def lessons(how: str, device: str) -> list[float]:
         fully_shard(model)
     elif distributed.get_world_size() > 1:
         wrapped = DistributedDataParallel(model)
-    optimizer = SINGD(wrapped, lr=1e-3, T=1, structure="diagonal", warn_unsupported=False)
+    options = PUBLISHED | {"T": 1, "structure": "diagonal", "warn_unsupported": False}
+    optimizer = SINGD(wrapped, **options)
     torch.manual_seed(1 + distributed.get_rank())
     size = model.patch_embed.img_size  # pyright: ignore[reportAttributeAccessIssue]
     images = torch.randn(16, 3, *size, device=device)

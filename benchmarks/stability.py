@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.machine import ROOT, machine, versions
+from benchmarks.published import PUBLISHED
 from benchmarks.tiny_networks import CLASSES, PIXELS, Vit, vgg
 from tn_kfac import SINGD
 
@@ -51,8 +52,8 @@ class Training:
         torch.manual_seed(0)
         device = args.device
         self.model = (Vit() if args.model == "vit" else vgg()).to(device)
-        self.optimizer = SINGD(self.model, structure=args.structure, T=args.interval, lr=args.lr,
-                               damping=1e-2, lr_cov=0.05, alpha1=0.5)  # fmt: skip
+        chosen = {"structure": args.structure, "T": args.interval, "lr": args.lr, "lr_cov": 0.05}
+        self.optimizer = SINGD(self.model, **(PUBLISHED | chosen), damping=1e-2, alpha1=0.5)
         self.generator = torch.Generator(device).manual_seed(1)
         shape = (CLASSES, 3, PIXELS, PIXELS)
         self.means = torch.randn(shape, device=device, generator=self.generator)

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from benchmarks.published import PUBLISHED
 from tn_kfac import KFAC, SINGD
 
 Options = dict[str, Any]
@@ -85,7 +86,7 @@ OPTIMIZERS: dict[str, Entry] = {
     ),
     "SINGD diagonal": Entry(
         SINGD,
-        {"structure": "diagonal", "T": 1, "lr_cov": 0.1, "damping": 0.1},
+        PUBLISHED | {"structure": "diagonal", "T": 1, "lr_cov": 0.1, "damping": 0.1},
         (
             {"lr": (0.03, 0.1, 0.3), "fisher": ("empirical", "mc")},
             {"lr": (0.01, 0.02), "damping": (0.03, 0.1, 0.3), "fisher": ("empirical",)},
@@ -100,7 +101,7 @@ OPTIMIZERS: dict[str, Entry] = {
     ),
     "SINGD dense": Entry(
         SINGD,
-        {"structure": "dense", "T": 1, "lr_cov": 0.1, "damping": 0.1},
+        PUBLISHED | {"structure": "dense", "T": 1, "lr_cov": 0.1, "damping": 0.1},
         (
             {"lr": (0.03, 0.1, 0.3), "fisher": ("empirical", "mc")},
             {"lr": (0.01, 0.03), "damping": (0.03, 0.3, 1.0), "fisher": ("mc",)},

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from benchmarks.published import PUBLISHED
 from tn_kfac import KFAC, SINGD
 
 OPTIONS: dict[str, Any] = {"lr": 0.02, "T": 1, "lr_cov": 0.1, "structures": ("dense", "dense")}
@@ -45,6 +46,10 @@ Table = dict[str, Callable[[Peer], None]]
 """Names of habits, and functions that raise if one does not hold."""
 
 
+def _singd(model: nn.Module, params: Any, **options: Any) -> SINGD:
+    return SINGD(model, params, **(PUBLISHED | options))
+
+
 def _package(model: nn.Module, params: Any, **options: Any) -> Any:
     from singd.optim.optimizer import SINGD as Package
 
@@ -75,7 +80,7 @@ def _kfac(model: nn.Module, params: Any, **options: Any) -> KFAC:
 
 
 PEERS = (
-    Peer("SINGD", SINGD),
+    Peer("SINGD", _singd),
     Peer("KFAC", _kfac),
     Peer("singd", _package),
     Peer("AdamW", _adamw, False),

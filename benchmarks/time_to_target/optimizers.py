@@ -80,8 +80,12 @@ def find(name: str) -> Entry:
     except (SyntaxError, ValueError):
         raise ValueError(f"{name!r}: write options as key=value,key='word'") from None
     space = entry.space
-    if more.get("graft") == "adamw" or more.get("update_rms"):
+    if more.get("graft") == "adamw":
         space = spaces.GRAFTED
+    elif space is not spaces.LENGTHENED:
+        space = spaces.GRAFTED if more.get("update_rms") else space
+    elif more.get("update_rms", True) is None:
+        space = spaces.CURVATURE
     untuned = {key: value for key, value in entry.untuned.items() if key not in more}
     return replace(entry, space=space, untuned=untuned, fixed=entry.fixed | more)
 
@@ -147,7 +151,7 @@ class Package(torch.optim.Optimizer):
 
 
 def _singd(**fixed: Any) -> Entry:
-    return Entry(_ours(SINGD), spaces.CURVATURE, {}, fixed, averages=True)
+    return Entry(_ours(SINGD), spaces.LENGTHENED, {}, fixed, averages=True)
 
 
 def _kfac(**fixed: Any) -> Entry:
@@ -187,8 +191,8 @@ OPTIMIZERS: dict[str, Entry] = {
         averages=True,
     ),
     "SINGD diagonal": _singd(structure="diagonal"),
-    "SINGD block-diagonal": _singd(structure="block30diagonal"),
-    "SINGD hierarchical": _singd(structure="hierarchical15_15"),
+    "SINGD block-diagonal": _singd(structure="block30diagonal", T=10),
+    "SINGD hierarchical": _singd(structure="hierarchical15_15", T=10),
     "SINGD dense T=1": _singd(structure="dense", T=1),
     "SINGD dense T=10": _singd(structure="dense", T=10),
     "KFAC": _kfac(),

@@ -56,3 +56,5 @@ CURVATURE = Space(3e-4, 1e-6, "damping", 1e-4)
 KFAC = Space(3e-4, 1e-6, "damping", 1e-3)
 GRAFTED = Space(1e-4, 1e-5, "damping", 1e-4)
 """Of curvature whose updates have a length that AdamW's rates suit."""
+LENGTHENED = Space(1e-4, 1e-3, "damping", 1e-4)
+"""Of curvature whose updates are as long as AdamW's, and whose weights decay as AdamW's do."""

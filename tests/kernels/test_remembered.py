@@ -10,12 +10,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from benchmarks.published import PUBLISHED
 from tests.kernels.interpreted import DEVICE, needs_kernels, run_interpreted
 from tn_kfac import SINGD
 from tn_kfac.curvature import packed
 from tn_kfac.curvature.packed import KEPT, PackedStatistics
 from tn_kfac.curvature.statistics import Recipe, statistics
-from tn_kfac.kernels import singd
+from tn_kfac.kernels import tables
 from tn_kfac.layers import layer_of
 from tn_kfac.optim import fused
 from tn_kfac.structures import Diagonal
@@ -55,17 +56,17 @@ def test_calls_of_other_shapes(every: int, mode: str, monkeypatch: pytest.Monkey
 @needs_kernels
 def test_few_sets_of_layers_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
     """Layers that are skipped by chance make ever new sets."""
-    monkeypatch.setattr(singd, "KEPT", 6)
+    monkeypatch.setattr(tables, "KEPT", 6)
     torch.manual_seed(0)
     layers = nn.ModuleList(nn.Linear(3, width) for width in range(4, 8)).to(DEVICE)
     optimizer = SINGD(layers, T=1, structure="diagonal", warn_unsupported=False)
-    tables = optimizer._fused._tables
+    held = optimizer._fused._tables
     for step in range(1, 16):
         optimizer.zero_grad()
         used = [layer for bit, layer in enumerate(layers) if step >> bit & 1]
         sum(layer(torch.randn(2, 3, device=DEVICE)).square().mean() for layer in used).backward()
         optimizer.step()
-        assert 0 < len(tables._programs) <= 6 and len(tables._known) <= 6
+        assert 0 < len(held._programs) <= 6 and len(held._known) <= 9
 
 
 @needs_kernels
@@ -88,7 +89,7 @@ class Net(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.first, self.norm = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+        self.first, self.norm = nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4)
         self.second, self.head = nn.Conv2d(4, 128, 1), nn.Linear(128, 5)
         self.stray = nn.Parameter(torch.ones(5))
 
@@ -130,7 +131,7 @@ def thaw(net: Net, optimizer: SINGD) -> None:
 
 def forget(net: Net, optimizer: SINGD) -> None:
     for p in (net.head.weight, net.norm.bias):
-        del optimizer.state[p]["momentum_buffer"]
+        optimizer.state[p].pop("momentum_buffer", None)
 
 
 def replace(net: Net, optimizer: SINGD) -> None:
@@ -142,6 +143,8 @@ CHANGES: dict[str, tuple[Callable[[Net, SINGD], None], ...]] = {
     "options": (options(lr=0.02, weight_decay=0.1), options(nesterov=True, damping=0.1)),
     "no momentum": (options(momentum=0.0), options(momentum=0.5)),
     "other options": (options(graft="sgd"), options(graft=None, decoupled_weight_decay=True)),
+    "lengths": (options(update_rms=0.2), options(update_rms=None)),
+    "what is smoothed": (options(precondition="momentum"), options(precondition="gradient")),
     "parameters": (swap, last),
     "states": (reload, replace),
     "momentum": (forget, reload),
@@ -151,8 +154,11 @@ CHANGES: dict[str, tuple[Callable[[Net, SINGD], None], ...]] = {
 
 
 @needs_kernels
+@pytest.mark.parametrize("rule", [{}, PUBLISHED], ids=["default", "published"])
 @pytest.mark.parametrize("name", CHANGES)
-def test_changes_between_steps(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_changes_between_steps(
+    name: str, rule: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     torch.manual_seed(0)
     model = Net().to(DEVICE)
     batches = [torch.randn(4, 3, 4, 5).to(DEVICE) for _ in range(5)]
@@ -161,7 +167,8 @@ def test_changes_between_steps(name: str, monkeypatch: pytest.MonkeyPatch) -> No
         net = copy.deepcopy(model)
         for module in (packed, fused):
             monkeypatch.setattr(module, "available", lambda device, kernels=kernels: kernels)
-        optimizer = SINGD(net, T=1, lr=0.05, lr_cov=0.1, momentum=0.9, weight_decay=0.01)
+        chosen = {"T": 1, "lr": 0.05, "lr_cov": 0.1, "weight_decay": 0.01}
+        optimizer = SINGD(net, **(rule | chosen))
         for number, x in enumerate(batches):
             if 2 <= number < 2 + len(CHANGES[name]):
                 CHANGES[name][number - 2](net, optimizer)
@@ -185,13 +192,13 @@ def test_parameters_without_factors_are_stepped_at_once(monkeypatch: pytest.Monk
     monkeypatch.setattr(
         fused,
         "step_parameters",
-        lambda tables, ps, *rest: launched.append(len(ps)) or real(tables, ps, *rest),
+        lambda tables, found: launched.append(len(found.given.tensors)) or real(tables, found),
     )
     net = Net().to(DEVICE)
-    optimizer = SINGD(net, T=1)
+    optimizer = SINGD(net, fallback="sgd")
     net(torch.randn(4, 3, 4, 5).to(DEVICE)).sum().backward()
     optimizer.step()
-    assert sorted(launched) == [3, 6]
+    assert sorted(launched) == [3, 5]
 
 
 def test_agrees_under_the_interpreter() -> None:

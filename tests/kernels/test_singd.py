@@ -16,6 +16,9 @@ from tn_kfac import SINGD
 from tn_kfac.curvature import packed
 from tn_kfac.optim import fused
 
+LENGTHS = ({"update_rms": None}, {"update_rms": 0.2}, {"update_rms": None, "graft": "sgd"})
+"""Of updates; the last is none of the kernels'."""
+
 
 @st.composite
 def options(draw: st.DrawFn) -> dict[str, Any]:
@@ -39,7 +42,10 @@ def options(draw: st.DrawFn) -> dict[str, Any]:
         "warmup": draw(st.sampled_from((0, 2))),
         "factor_clip": draw(st.sampled_from((None, 0.9))),
         "curvature_fraction": draw(st.sampled_from((1, 0.5))),
-        "graft": draw(st.sampled_from((None, None, "sgd"))),
+        "precondition": draw(st.sampled_from(("gradient", "momentum"))),
+        "average_momentum": draw(st.booleans()),
+        **draw(st.sampled_from(LENGTHS)),
+        "fallback": draw(st.sampled_from(("sgd", "adamw"))),
     }
 
 
@@ -58,7 +64,7 @@ def train(model: nn.Module, given: dict[str, Any], kernels: bool, batches: list[
         launched = []
         for module in (packed, fused):
             patch.setattr(module, "available", lambda device: kernels)
-        for name in ("update_factors", "step_parameters"):
+        for name in ("update_factors", "sum_squares", "set_lengths", "step_parameters"):
             real = getattr(fused, name)
             patch.setattr(
                 fused, name, lambda *a, real=real, name=name: launched.append(name) or real(*a)
@@ -70,7 +76,10 @@ def train(model: nn.Module, given: dict[str, Any], kernels: bool, batches: list[
             nn.functional.cross_entropy(model(x).float(), y, reduction=reduction).backward()
             optimizer.step()
         assert ("update_factors" in launched) == kernels
-        assert ("step_parameters" in launched) == (kernels and given.get("graft") is None)
+        stepped = kernels and given.get("graft") is None
+        assert ("step_parameters" in launched) == stepped
+        for name in ("sum_squares", "set_lengths"):
+            assert (name in launched) == (stepped and given.get("update_rms", 0.2) is not None)
     found = {name: p.detach() for name, p in model.named_parameters()}
     for name, p in model.named_parameters():
         tensors = {k: v for k, v in optimizer.state[p].items() if isinstance(v, Tensor)}
@@ -160,13 +169,20 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 import triton.language as tl
-from tn_kfac.kernels.singd_triton import step_parameters, update_factors
+from tn_kfac.kernels.singd_triton import (
+    set_lengths, step_parameters, sum_squares, update_factors
+)
 flags = {"TERMS": 1, "SCALED": True, "IKFAC": False, "NORMALISED": False, "LIMITED": True,
          "MOMENTUM": True, "BLOCK": 1024}
-steps = {"KIND": tl.bfloat16, "MOMENTUM": True, "NESTEROV": True, "ROOT": False, "BLOCK_R": 32,
-         "BLOCK_C": 128}
+squares = {"KIND": tl.bfloat16, "MOMENTUM": True, "NESTEROV": True, "ROOT": False, "FIRST": True,
+           "BLOCK_R": 32, "BLOCK_C": 128}
+new, kept = {"SMOOTHED": True, "LENGTHS": True}, {"SMOOTHED": False, "LENGTHS": False}
 pointers = {"table": "*i64", "programs": "*i32", "loss_scale": "*fp32"}
-for kernel, constants in ((update_factors, flags), (step_parameters, steps)):
+for kernel, constants in (
+    (update_factors, flags), (sum_squares, squares), (set_lengths, {"BLOCK": 1024}),
+    (step_parameters, squares | new), (step_parameters, squares | kept),
+    (step_parameters, squares | kept | {"FIRST": False}),
+):
     signature = {name: "constexpr" if name in constants else pointers.get(name, "fp32")
                  for name in kernel.arg_names}
     source = ASTSource(kernel, signature=signature, constexprs=constants)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from benchmarks.published import PUBLISHED
 from tn_kfac import KFAC, SINGD
 
 
@@ -33,12 +34,13 @@ class Entry:
 
 
 SLOWLY, HEAVILY = {"lr_cov": 0.02}, {"damping": 1.0}
-SINGD_OPTIONS = {"lr": 0.05, "T": 1, "lr_cov": 0.1}
+SINGD_OPTIONS = PUBLISHED | {"lr": 0.05, "T": 1, "lr_cov": 0.1}
 KFAC_OPTIONS = {"lr": 0.05, "damping": 0.02, "kl_clip": None, "T_inverse": 2}
 # Of one basis alone: of equal eigenvalues, rounding chooses the basis, and so the step.
 EKFAC = {"ekfac": True, "structure": "diagonal"}
 NEWTON = {"inverse": "newton-schulz", "T_inverse": 1}
 OPTIMIZERS: dict[str, Entry] = {
+    "SINGD": Entry(SINGD, {"lr": 0.05}, SLOWLY, "lr_cov"),
     "SINGD diagonal": Entry(SINGD, SINGD_OPTIONS | {"structure": "diagonal"}, SLOWLY, "lr_cov"),
     "SINGD dense": Entry(SINGD, SINGD_OPTIONS | {"structure": "dense"}, SLOWLY, "lr_cov"),
     "KFAC": Entry(KFAC, KFAC_OPTIONS, HEAVILY, "damping"),

@@ -6,6 +6,7 @@ from reference import kfac
 from reference.singd import MatrixSINGD
 from torch import nn
 
+from benchmarks.published import PUBLISHED
 from tn_kfac import SINGD
 
 STEPS = 10
@@ -46,8 +47,7 @@ def test_each_group_follows_its_own_singd(digits, structures, approx, ikfac, nor
     ]
     optimizer = SINGD(
         conv,
-        **OPTIONS,
-        T=interval,
+        **(PUBLISHED | OPTIONS | {"T": interval}),
         structures=structures,
         kfac_approx=approx,
         kfac_like=ikfac,

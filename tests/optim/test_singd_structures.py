@@ -23,12 +23,14 @@ from singd.structures import (
     triutoeplitz,
     triutopleftdiag,
 )
+from test_singd_trajectory import known
 from torch import Tensor, nn
 
+from benchmarks.published import PUBLISHED
 from tn_kfac import SINGD
 
 STEPS, BATCH, TOLERANCE = 60, 16, 1e-8
-BASE = {"lr": 0.02, "damping": 1e-2, "lr_cov": 0.05, "T": 1}
+BASE = PUBLISHED | {"lr": 0.02, "damping": 1e-2, "lr_cov": 0.05, "T": 1}
 PLAIN = (blockdiagonal, diagonal, hierarchical, triltoeplitz, triutoeplitz)
 ARROWS = {
     "triltopleftdiag": triltopleftdiag.TrilTopLeftDiagonalMatrix,
@@ -89,7 +91,7 @@ def test_equals_singd_package(digits, name, approx):
     ours = DigitNet(True).double()
     theirs = copy.deepcopy(ours)
     options = BASE | {"kfac_approx": approx, "structures": (name, name)}
-    optimizer, peer = SINGD(ours, **options), PeerSINGD(theirs, **options)
+    optimizer, peer = SINGD(ours, **options), PeerSINGD(theirs, **known(options))
     _train(ours, optimizer, digits)
     _train(theirs, peer, digits)
     for (parameter, p), q in zip(ours.named_parameters(), theirs.parameters(), strict=True):

@@ -1,5 +1,6 @@
 """Our SINGD takes the steps of the package `singd` 0.0.5, to rounding, on real digits."""
 
+import ast
 import copy
 import inspect
 from itertools import product
@@ -10,16 +11,23 @@ from reference.networks import DigitNet
 from singd.optim.optimizer import SINGD as PeerSINGD
 from torch import nn
 
+from benchmarks.published import PUBLISHED
 from tn_kfac import SINGD
 
 STEPS, BATCH, TOLERANCE = 30, 16, 1e-9
-BASE = {"lr": 0.02, "momentum": 0.9, "damping": 1e-2, "alpha1": 0.5, "lr_cov": 0.05, "T": 1}
+CHOSEN = {"lr": 0.02, "momentum": 0.9, "damping": 1e-2, "alpha1": 0.5, "lr_cov": 0.05, "T": 1}
+BASE = PUBLISHED | CHOSEN
 PAIRS = {
     "diagonal": ("diagonal", "diagonal"),
     "dense": ("dense", "dense"),
     "mixed": ("diagonal", "dense"),
     "mixed reversed": ("dense", "diagonal"),
 }
+
+
+def known(options: dict) -> dict:
+    """What the package takes of SINGD's options."""
+    return {k: v for k, v in options.items() if k in inspect.signature(PeerSINGD).parameters}
 
 
 def _relative(ours: torch.Tensor, theirs: torch.Tensor) -> float:
@@ -53,7 +61,7 @@ def _assert_same_trajectory(data, options, bias=True, peer_options=None):
     options = BASE | options
     average = options.get("loss_average", "batch")
     optimizer = SINGD(ours, **options)
-    peer = PeerSINGD(theirs, **(options | (peer_options or {})))
+    peer = PeerSINGD(theirs, **known(options | (peer_options or {})))
 
     losses = _train(ours, optimizer, data, average)
     peer_losses = _train(theirs, peer, data, average)
@@ -130,10 +138,18 @@ def test_each_option_equals_singd_package(digits, name, pair, approx):
     _assert_same_trajectory(digits, options)
 
 
-def test_defaults_equal_those_of_singd_package(digits):
-    """Arguments that are not given have the package's defaults (but for the structure)."""
-    ours = inspect.signature(SINGD).parameters
+def test_published_options_are_the_defaults_of_the_package(digits):
+    """With them, arguments that are not given are the package's (but for the structure)."""
+    ours = {name: p.default for name, p in inspect.signature(SINGD).parameters.items()} | PUBLISHED
     theirs = inspect.signature(PeerSINGD).parameters
     shared = set(theirs) - {"structures", "preconditioner_dtype"}
     assert shared <= set(ours)
-    assert {k: ours[k].default for k in shared} == {k: theirs[k].default for k in shared}
+    assert {k: ours[k] for k in shared} == {k: theirs[k].default for k in shared}
+    assert ours["fallback"] == "sgd" and not ours["nesterov"] and ours["update_rms"] is None
+
+
+def test_docstring_says_what_was_published():
+    said = (SINGD.__doc__ or "").partition(">>> ")[2].partition("\n\n")[0]
+    call = ast.parse("".join(said.split("...")), mode="eval").body
+    assert isinstance(call, ast.Call)
+    assert {str(k.arg): ast.literal_eval(k.value) for k in call.keywords} == PUBLISHED

@@ -25,7 +25,7 @@ OTHERS: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
     "a model without a bias": (lambda: _network(bias=False), {}),
     "another input structure": (_network, {"structure": ("dense", "diagonal")}),
     "another output structure": (_network, {"structure": ("diagonal", "dense")}),
-    "another fallback": (_network, {"fallback": "adamw"}),
+    "another fallback": (_network, {"fallback": "sgd"}),
     "no fallback": (_network, {"fallback": None, "warn_unsupported": False}),
     "another approximation": (_network, {"kfac_approx": "reduce"}),
     "another average": (_network, {"loss_average": None}),

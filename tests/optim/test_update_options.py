@@ -8,12 +8,13 @@ import torch
 from optimizers import is_identity, joint, loss_of, train, two_layers
 from torch import Tensor, nn
 
+from benchmarks.published import PUBLISHED
 from tn_kfac import KFAC, SINGD
 
 COMMON = {"lr": 0.05, "T": 1, "fallback": None, "warn_unsupported": False}
 OPTIONS = COMMON | {"lr_cov": 0.1}
 PLAIN_KFAC = {"T_inverse": 1, "damping": 0.3, "damping_mode": "each", "kl_clip": None}
-KINDS = {SINGD: OPTIONS, KFAC: COMMON | PLAIN_KFAC}
+KINDS = {SINGD: PUBLISHED | OPTIONS, KFAC: COMMON | PLAIN_KFAC}
 each_kind = pytest.mark.parametrize("kind", KINDS)
 
 

@@ -9,7 +9,7 @@ from unittest.mock import patch
 
 import torch
 from fsdp import Grouped, full
-from optimizers import factors_of
+from optimizers import SINGD_OPTIONS, factors_of
 from ranks import apart, backward, batch
 from sharing import fewer, from_all, pair, step
 from torch import distributed, nn
@@ -19,7 +19,7 @@ from tn_kfac import SINGD
 from tn_kfac.optim import singd
 from tn_kfac.optim.ranks import Sums
 
-OPTIONS = {"lr": 0.05, "T": 1, "lr_cov": 0.1, "structure": "dense", "warn_unsupported": False}
+OPTIONS = SINGD_OPTIONS | {"structure": "dense", "warn_unsupported": False}
 CASES = {
     "dense": {},
     "blocks": {"structure": ("block3diagonal", "hierarchical1_1"), "T": 2},

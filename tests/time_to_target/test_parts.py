@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks.time_to_target import data, networks, targets
+from benchmarks.time_to_target import data, networks, spaces, targets
 from benchmarks.time_to_target.muon import MuonAdamW, matrices
 from benchmarks.time_to_target.optimizers import OPTIMIZERS, build, find, groups
 from benchmarks.time_to_target.report import page
@@ -223,9 +223,17 @@ def test_muon_takes_matrices_and_views_of_them():
 
 
 def test_names_of_variants():
-    entry = find("SINGD diagonal:T=1,structure='dense',graft='adamw'")
-    assert entry.fixed == {"structure": "dense", "T": 1, "graft": "adamw"}
-    assert entry.space.lr == OPTIMIZERS["AdamW"].space.lr
+    grafted = {"update_rms": None, "graft": "adamw", "nesterov": False}
+    said = ",".join(f"{key}={value!r}" for key, value in grafted.items())
+    entry = find(f"SINGD diagonal:T=1,structure='dense',{said}")
+    assert entry.fixed == {"structure": "dense", "T": 1} | grafted
+    assert entry.space is spaces.GRAFTED
+    build(entry, nn.Linear(3, 4), {"lr": 0.1}, "batch").close()
+    assert find("SINGD diagonal:update_rms=None").space is spaces.CURVATURE
+    assert find("SINGD diagonal:update_rms=0.1").space is spaces.LENGTHENED
+    assert find("KFAC:update_rms=0.1").space is spaces.GRAFTED
+    for name in ("SINGD diagonal", "KFAC:graft='adamw'"):
+        assert find(name).space.lr == OPTIMIZERS["AdamW"].space.lr
     for wrong in ("SDG", "SINGD diagonal:T", "SINGD diagonal:T=f(1)"):
         with pytest.raises(ValueError, match=r"no optimizer|key=value"):
             find(wrong)

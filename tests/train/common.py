@@ -30,7 +30,7 @@ OPTIONS = {
     "SGD": "{lr: 0.1, momentum: 0.9}",
     "AdamW": "{lr: 0.01}",
     "Muon": "{lr: 0.05, adamw_lr: 0.01}",
-    "SINGD": "{lr: 0.05, structure: diagonal, kfac_approx: reduce, T: 1}",
+    "SINGD": "{lr: 0.01, structure: diagonal, kfac_approx: reduce}",
     "KFAC": "{lr: 0.02, T: 2, T_inverse: 4}",
 }
 

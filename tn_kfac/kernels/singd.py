@@ -1,30 +1,27 @@
-"""SINGD's step with diagonal factors for all layers at once, by two kernels.
+"""SINGD's step with diagonal factors for all layers at once, by a few kernels.
 
 Their plain-torch reference is what the optimizer does for one layer after another:
-`tn_kfac.optim.factor_update` with diagonal structures, and `tn_kfac.optim.rules.sgd`.
+`tn_kfac.optim.factor_update` with diagonal structures, `tn_kfac.optim.updates` (`smoothed`, and
+`lengthened` by `update_rms`), and `tn_kfac.optim.rules.sgd`.
 """
 
 from __future__ import annotations
 
-from array import array
-from collections.abc import Callable, Hashable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from tn_kfac.kernels.tables import Tables
 
 try:
     from tn_kfac.kernels import singd_triton
 except ImportError:  # no Triton on this machine
     singd_triton = None
 
-if TYPE_CHECKING:
-    from tn_kfac.kernels.launching import Prepared
-
 BLOCK, ROWS, COLUMNS = 1024, 32, 128
 """Entries of a factor, and rows and columns of a weight, that a program takes at once."""
-KEPT = 64
-"""Sets of layers whose tables are kept: which layers have gradients may differ in every step."""
 
 
 class LayerFactors(NamedTuple):
@@ -92,7 +89,8 @@ def unchanged(entries: int, one: Tensor) -> Weight:
 class SgdRule(NamedTuple):
     """p ← shrink · p − lr · b, with b ← momentum · b + direction + decay · p.
 
-    `root`: the direction is |C| G |K|, instead of C² G K².
+    `root`: the direction is |C| G |K|, instead of C² G K². `first`: G is `fresh` times the momentum
+    of gradients, and then p ← shrink · p − lr (direction + decay · p).
     """
 
     lr: float
@@ -101,85 +99,40 @@ class SgdRule(NamedTuple):
     shrink: float
     nesterov: bool
     root: bool
+    first: bool = False
+    fresh: float = 1.0
 
 
-class Tables:
-    """What launches need: tables of addresses and of programs on the device, and kernels.
+class Parameters(NamedTuple):
+    """Parameters of one dtype and device, and how they are stepped.
 
-    All of it is kept as long as it does not change, for `KEPT` sets of layers at most; what a
-    captured CUDA graph reads, for good.
+    Attributes:
+        tensors: The parameters, all with gradients.
+        buffers: Their momenta, with their dtype and strides; None: no momentum.
+        weights: How they lie in memory.
+        rule: The same for all.
+        places: If directions get the lengths that layers' updates shall have: the addresses of each
+            parameter's sums of squares (see `sums`), and of what its layer is multiplied by.
     """
 
-    def __init__(self) -> None:
-        self._known: dict[Hashable, tuple[list[int], Tensor, Tensor]] = {}
-        self._programs: dict[Hashable, Tensor] = {}
-        self._kernels: dict[Hashable, Prepared] = {}
-        self._spare: dict[Hashable, Tensor] = {}
-        self._captured: list[Any] = []
-
-    def programs(self, key: Hashable, make: Callable[[], Tensor], device: torch.device) -> Tensor:
-        """What each program does; `key` says what it depends on."""
-        captured = _captures(device)
-        if key not in self._programs:
-            if len(self._programs) >= KEPT and not captured:
-                for kept in (self._programs, self._known, self._kernels, self._spare):
-                    kept.clear()
-            self._programs[key] = make().to(device, torch.int32)
-        programs = self._programs[key]
-        if captured:
-            self._captured.append(programs)
-        return programs
-
-    def kernel(self, key: Hashable, make: Callable[[], Prepared]) -> Prepared:
-        """A kernel; `key` says what it depends on."""
-        if key not in self._kernels:
-            self._kernels[key] = make()
-        return self._kernels[key]
-
-    def addresses(self, key: Hashable, values: list[int], device: torch.device) -> Tensor:
-        """The values on the device. `key` is whose they are: they may differ in every step."""
-        known = self._known.get(key)
-        if known is not None and known[0] == values:
-            if _captures(device):
-                self._captured.append(known)
-            return known[1]
-        if device.type != "cuda":
-            table = _tensor(values)
-            self._known[key] = (values, table, table)
-            return table
-        return self._uploaded(key, values, device)
-
-    def _uploaded(self, key: Hashable, values: list[int], device: torch.device) -> Tensor:
-        """The same, without waiting for the device.
-
-        A CUDA graph that is captured reads the pinned memory whenever it is replayed; so that
-        memory is its own, and was allocated before.
-        """
-        captured = _captures(device)
-        host = self._spare.pop(key, None) if captured else None
-        if host is None:
-            host = torch.empty(len(values), dtype=torch.int64, pin_memory=True)
-        host.copy_(_tensor(values))
-        table = host.to(device, non_blocking=True)
-        if captured:
-            # What was known is kept too: pinned memory that is freed while its stream is captured
-            # leaves torch an event that it cannot query.
-            self._captured.append((table, host, self._known.pop(key, None)))
-        else:
-            self._known[key] = (values, table, host)
-            if key not in self._spare:
-                self._spare[key] = torch.empty(len(values), dtype=torch.int64, pin_memory=True)
-        return table
+    tensors: Sequence[Tensor]
+    buffers: Sequence[Tensor | None]
+    weights: Sequence[Weight]
+    rule: SgdRule
+    places: Sequence[tuple[int, int]] | None = None
 
 
-def _tensor(values: list[int]) -> Tensor:
-    """The values, in a quarter of the time that `torch.tensor` takes."""
-    return torch.frombuffer(array("q", values), dtype=torch.int64)
+class Located(NamedTuple):
+    """Such parameters, the table of their addresses, and what each program does."""
+
+    given: Parameters
+    table: Tensor
+    programs: Tensor
 
 
-def _captures(device: torch.device) -> bool:
-    """Whether launches on the device go into a CUDA graph now."""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+def sums(weight: Weight) -> int:
+    """How many sums of squares a parameter has: one of each program."""
+    return weight.groups * -(-weight.rows // ROWS) * -(-weight.columns // COLUMNS)
 
 
 def update_factors(
@@ -217,38 +170,77 @@ def update_factors(
         kernel((table, programs, table if scale is None else scale), numbers)
 
 
-def step_parameters(
-    tables: Tables,
-    parameters: Sequence[Tensor],
-    buffers: Sequence[Tensor | None],
-    weights: Sequence[Weight],
-    rule: SgdRule,
-) -> None:
-    """Step parameters of one dtype and device along their preconditioned gradients, in place.
-
-    Gradients and buffers (None: no momentum) have the dtype and strides of their parameters.
-    """
-    assert singd_triton is not None
-    device, dtype = parameters[0].device, parameters[0].dtype
+def located(tables: Tables, given: Parameters) -> Located:
+    """Parameters with the tables that launches need."""
+    first = given.tensors[0]
+    places = given.places or [(0, 0)] * len(given.tensors)
     values: list[int] = []
-    for p, buffer, weight in zip(parameters, buffers, weights, strict=True):
+    for p, buffer, weight, place in zip(
+        given.tensors, given.buffers, given.weights, places, strict=True
+    ):
         assert p.grad is not None
         momentum = 0 if buffer is None else buffer.data_ptr()
-        values += (p.data_ptr(), p.grad.data_ptr(), momentum, *weight[1:])
-    shapes = (tuple([w[0] for w in weights]), tuple(values[5::11]), tuple(values[6::11]))
-    key = ("parameters", device, dtype, *shapes)
-    programs = tables.programs(key, lambda: _blocks(shapes), device)
+        values += (p.data_ptr(), p.grad.data_ptr(), momentum, *weight[1:], *place)
+    shapes = (tuple([w[0] for w in given.weights]), tuple(values[5::13]), tuple(values[6::13]))
+    key = ("parameters", first.device, first.dtype, *shapes)
+    programs = tables.programs(key, lambda: _blocks(shapes), first.device)
+    return Located(given, tables.addresses(key, values, first.device), programs)
+
+
+def sum_squares(tables: Tables, found: Located) -> None:
+    """Sums of squares of preconditioned gradients; and their momentum, where that comes first."""
+    rule = found.given.rule
+    _launch(tables, found, "prepared_squares", {}, (rule.momentum, rule.fresh))
+
+
+def set_lengths(
+    tables: Tables, layers: Sequence[tuple[int, ...]], rms: float, device: torch.device
+) -> None:
+    """What directions are to be multiplied by, so that each layer's has this root mean square.
+
+    Args:
+        tables: Of the optimizer.
+        layers: Of each the address of its first sum of squares, the number of them, that of entries
+            of its weight (with its bias), and the address of the result.
+        rms: The root mean square.
+        device: Of all of it.
+    """
+    assert singd_triton is not None
+    values = [number for layer in layers for number in layer]
+    key = ("lengths", device, rms, len(layers))
     table = tables.addresses(key, values, device)
-    constants = {
-        "MOMENTUM": buffers[0] is not None, "NESTEROV": rule.nesterov, "ROOT": rule.root,
-        "BLOCK_R": ROWS, "BLOCK_C": COLUMNS,
-    }  # fmt: skip
     kernel = tables.kernel(
-        ("parameters", device, dtype, len(programs), *constants.values()),
-        lambda kernels=singd_triton: kernels.prepared_step(len(programs), dtype, constants),
+        key,
+        lambda kernels=singd_triton: kernels.prepared_lengths(len(layers), {"BLOCK": BLOCK}),
     )
     with torch.cuda.device_of(table):
-        kernel((table, programs), (rule.lr, rule.momentum, rule.decay, rule.shrink))
+        kernel((table,), (rms,))
+
+
+def step_parameters(tables: Tables, found: Located) -> None:
+    """Step parameters along their preconditioned gradients, in place."""
+    rule, lengths = found.given.rule, found.given.places is not None
+    constants = {"SMOOTHED": rule.first and lengths, "LENGTHS": lengths}
+    numbers = (rule.lr, rule.momentum, rule.decay, rule.shrink, rule.fresh)
+    _launch(tables, found, "prepared_step", constants, numbers)
+
+
+def _launch(tables: Tables, found: Located, name: str, more: dict[str, bool],
+            numbers: Sequence[float]) -> None:  # fmt: skip
+    """Launch a kernel whose programs take a block of a parameter each."""
+    assert singd_triton is not None
+    (given, table, programs), first = found, found.given.tensors[0]
+    count, dtype, rule = len(programs), first.dtype, given.rule
+    constants = {
+        "MOMENTUM": given.buffers[0] is not None, "NESTEROV": rule.nesterov, "ROOT": rule.root,
+        "FIRST": rule.first, **more, "BLOCK_R": ROWS, "BLOCK_C": COLUMNS,
+    }  # fmt: skip
+    kernel = tables.kernel(
+        (name, first.device, dtype, count, *constants.values()),
+        lambda kernels=singd_triton: getattr(kernels, name)(count, dtype, constants),
+    )
+    with torch.cuda.device_of(table):
+        kernel((table, programs), numbers)
 
 
 def _groups(groups: Sequence[int]) -> Tensor:

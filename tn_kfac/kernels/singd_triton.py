@@ -134,20 +134,18 @@ def update_factors(
 
 
 @triton.jit
-def step_parameters(
-    table, programs, lr, momentum, decay, shrink,
-    KIND: tl.constexpr, MOMENTUM: tl.constexpr, NESTEROV: tl.constexpr, ROOT: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
-    """Precondition gradients of rows and columns by their factors, then step as SGD does.
+def _block(table, programs, ROOT: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
+    """The block of a parameter that this program takes.
 
+    Its row of the table, where its entries are, and what rows and columns are multiplied by.
     Of a parameter the table holds the addresses of itself, its gradient, its momentum, the
     factors of rows and columns; rows of each group, columns; the distance of rows' factors and
-    that of groups' columns' factors; columns of one pixel, and pixels. Columns are in the order
-    (channel, pixel) in the factor, in memory in that or, for channels_last, in the other.
+    that of groups' columns' factors; columns of one pixel, and pixels; the addresses of its sums
+    of squares and its length. Columns are in the order (channel, pixel) in the factor, in memory
+    in that or, for channels_last, in the other.
     """
     part = programs + 4 * tl.program_id(0)
-    tensor = table + tl.load(part) * 11
+    tensor = table + tl.load(part) * 13
     group = tl.load(part + 1).to(tl.int64)
     r = tl.load(part + 2) * BLOCK_R + tl.arange(0, BLOCK_R)
     c = tl.load(part + 3) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -164,12 +162,89 @@ def step_parameters(
     else:
         left, right = left * left, right * right
     inside = (r < rows)[:, None] & (c < columns)[None, :]
-    at = row[:, None] * columns + c[None, :]
+    return tensor, row[:, None] * columns + c[None, :], inside, left[:, None], right[None, :]
+
+
+@triton.jit
+def _gradients(
+    tensor, at, inside, momentum, fresh, KIND: tl.constexpr, MOMENTUM: tl.constexpr,
+    NESTEROV: tl.constexpr, FIRST: tl.constexpr, SMOOTHED: tl.constexpr,
+):  # fmt: skip
+    """What is preconditioned: gradients, or their momentum, which is new already if SMOOTHED."""
+    gradient = tl.load(_pointer(tensor, 1, KIND) + at, mask=inside, other=0.0).to(tl.float32)
+    if FIRST:
+        if MOMENTUM:
+            buffer = _pointer(tensor, 2, KIND) + at
+            smooth = tl.load(buffer, mask=inside, other=0.0).to(tl.float32)
+            if not SMOOTHED:
+                rounded = (momentum * smooth + gradient).to(KIND)
+                tl.store(buffer, rounded, mask=inside)
+                smooth = rounded.to(tl.float32)
+            gradient = gradient + momentum * smooth if NESTEROV else smooth
+        gradient *= fresh
+    return gradient
+
+
+@triton.jit
+def sum_squares(
+    table, programs, momentum, fresh,
+    KIND: tl.constexpr, MOMENTUM: tl.constexpr, NESTEROV: tl.constexpr, ROOT: tl.constexpr,
+    FIRST: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """The sum of squares of each block of the preconditioned gradients."""
+    tensor, at, inside, left, right = _block(table, programs, ROOT, BLOCK_R, BLOCK_C)
+    gradient = _gradients(
+        tensor, at, inside, momentum, fresh, KIND, MOMENTUM, NESTEROV, FIRST, False
+    )
+    direction = gradient * right * left
+    part = programs + 4 * tl.program_id(0)
+    group, r, c = tl.load(part + 1), tl.load(part + 2), tl.load(part + 3)
+    across = tl.cdiv(tl.load(tensor + 5), BLOCK_R)
+    along = tl.cdiv(tl.load(tensor + 6), BLOCK_C)
+    number = (group * across + r) * along + c
+    total = tl.sum(tl.sum(direction * direction, axis=1), axis=0)
+    tl.store(_pointer(tensor, 11, tl.float32) + number, total)
+
+
+@triton.jit
+def set_lengths(table, rms, BLOCK: tl.constexpr):
+    """One program for each layer: rms · √entries over the norm of its direction.
+
+    Of a layer the table holds the address of the first sum of squares, the number of them, that
+    of entries, and the address of the result.
+    """
+    layer = table + tl.program_id(0) * 4
+    count = tl.load(layer + 1).to(tl.int32)
+    squares = _pointer(layer, 0, tl.float32)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for first in range(0, count, BLOCK):
+        i = first + tl.arange(0, BLOCK)
+        total += tl.load(squares + i, mask=i < count, other=0.0)
+    norm = tl.sqrt(tl.sum(total, axis=0))
+    least = tl.where(norm < 1.1754943508222875e-38, 1.1754943508222875e-38, norm)  # keeps NaN
+    length = rms * tl.sqrt(tl.load(layer + 2).to(tl.float32))
+    tl.store(_pointer(layer, 3, tl.float32), length / least)
+
+
+@triton.jit
+def step_parameters(
+    table, programs, lr, momentum, decay, shrink, fresh,
+    KIND: tl.constexpr, MOMENTUM: tl.constexpr, NESTEROV: tl.constexpr, ROOT: tl.constexpr,
+    FIRST: tl.constexpr, SMOOTHED: tl.constexpr, LENGTHS: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Precondition gradients of rows and columns by their factors, then step as SGD does."""
+    tensor, at, inside, left, right = _block(table, programs, ROOT, BLOCK_R, BLOCK_C)
+    gradient = _gradients(
+        tensor, at, inside, momentum, fresh, KIND, MOMENTUM, NESTEROV, FIRST, SMOOTHED
+    )
     address = _pointer(tensor, 0, KIND) + at
     parameter = tl.load(address, mask=inside, other=0.0).to(tl.float32)
-    gradient = tl.load(_pointer(tensor, 1, KIND) + at, mask=inside, other=0.0).to(tl.float32)
-    direction = gradient * right[None, :] * left[:, None] + decay * parameter
-    if MOMENTUM:
+    direction = gradient * right * left
+    if LENGTHS:
+        direction *= tl.load(_pointer(tensor, 12, tl.float32))
+    direction += decay * parameter
+    if MOMENTUM and not FIRST:
         buffer = _pointer(tensor, 2, KIND) + at
         smooth = momentum * tl.load(buffer, mask=inside, other=0.0).to(tl.float32) + direction
         tl.store(buffer, smooth.to(KIND), mask=inside)
@@ -182,7 +257,20 @@ def prepared_update(programs: int, constants: Mapping[str, Any]) -> Prepared:
     return Prepared(update_factors, programs, constants)
 
 
+def prepared_lengths(programs: int, constants: Mapping[str, Any]) -> Prepared:
+    """`set_lengths` with these constants."""
+    return Prepared(set_lengths, programs, constants)
+
+
+def prepared_squares(programs: int, dtype: torch.dtype, constants: Mapping[str, Any]) -> Prepared:
+    """`sum_squares` for parameters of a dtype."""
+    return Prepared(sum_squares, programs, {"KIND": _kind(dtype), **constants})
+
+
 def prepared_step(programs: int, dtype: torch.dtype, constants: Mapping[str, Any]) -> Prepared:
     """`step_parameters` for parameters of a dtype."""
-    kind = getattr(tl, str(dtype).removeprefix("torch."))
-    return Prepared(step_parameters, programs, {"KIND": kind, **constants})
+    return Prepared(step_parameters, programs, {"KIND": _kind(dtype), **constants})
+
+
+def _kind(dtype: torch.dtype) -> Any:
+    return getattr(tl, str(dtype).removeprefix("torch."))

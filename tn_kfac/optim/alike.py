@@ -20,7 +20,7 @@ from tn_kfac.optim.binding import Active
 from tn_kfac.optim.damping import Damping, to_basis
 from tn_kfac.optim.owned import OwnedOptimizer
 from tn_kfac.optim.refresh import How, Layer, inverse_keys
-from tn_kfac.optim.updates import lengthened, smoothed
+from tn_kfac.optim.updates import lengthened
 
 State = dict[str, Any]
 LARGE = 1 << 22
@@ -148,9 +148,10 @@ class AlikeOptimizer(OwnedOptimizer):
         if self._owners.apart:
             return super()._directions(active)
         found: dict[Tensor, Tensor] = {}
-        for layer in active:
-            if _alone(layer):
-                found |= self._layer_directions(layer)
+        alone = [layer for layer in active if _alone(layer)]
+        ready = self._ready_gradients(alone)
+        for layer in alone:
+            found |= self._layer_directions(layer, ready)
         for several in _batches(classes([layer for layer in active if not _alone(layer)])):
             ready = self._ready_gradients([layer for layers in several for layer in layers])
             matrices = [_matrix(layers, ready) for layers in several]
@@ -158,15 +159,6 @@ class AlikeOptimizer(OwnedOptimizer):
             for layers, matrix, direction in zip(several, matrices, directions, strict=True):
                 found |= _handed_out(layers, matrix, direction)
         return found
-
-    def _ready_gradients(self, layers: Sequence[Active]) -> dict[Tensor, Tensor]:
-        """Of layers of one group, what of each parameter is preconditioned."""
-        group = layers[0].group
-        pairs = {p: grad for p, grad in _gradients(layers).items() if grad is not None}
-        if group["precondition"] == "gradient":
-            return pairs
-        states = [self.state[p] for p in pairs]
-        return dict(zip(pairs, smoothed(list(pairs.values()), states, group), strict=True))
 
     def _directions_all(self, layers: Sequence[Active], matrices: Sequence[Tensor]) -> list[Tensor]:
         """Matrices of layers of one group at one step, preconditioned unless they warm up."""

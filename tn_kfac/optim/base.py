@@ -7,7 +7,8 @@ A subclass says how the factors of one layer are updated and how they preconditi
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -23,8 +24,10 @@ from tn_kfac.optim.ranks import ranks_of
 from tn_kfac.optim.rules import FALLBACKS, sgd
 from tn_kfac.optim.saved import SavedOptimizer
 from tn_kfac.optim.scaling import found_inf, unscale
-from tn_kfac.optim.sharded import check_same, own, write
-from tn_kfac.optim.updates import kl_clipped, lengthened, smoothed
+from tn_kfac.optim.sharded import check_same, is_sharded, own, write
+from tn_kfac.optim.updates import kl_clipped, lengthened, lengthened_shards, smoothed
+
+Vector = Mapping[Tensor, Tensor]
 
 
 class KroneckerOptimizer(SavedOptimizer):
@@ -174,23 +177,40 @@ class KroneckerOptimizer(SavedOptimizer):
     def _directions(self, active: Sequence[Active]) -> dict[Tensor, Tensor]:
         """Directions of the parameters of all layers."""
         found: dict[Tensor, Tensor] = {}
+        ready = self._ready_gradients(active)
         for layer in active:
-            found |= self._layer_directions(layer)
+            found |= self._layer_directions(layer, ready)
         return found
 
-    def _layer_directions(self, layer: Active) -> dict[Tensor, Tensor]:
-        """Directions of one layer's parameters, by its newest factors."""
+    def _ready_gradients(self, layers: Sequence[Active]) -> dict[Tensor, Tensor]:
+        """What of each parameter is preconditioned: its gradient, or the momentum of that."""
+        found: dict[Tensor, Tensor] = {}
+        alike: dict[tuple[int, int], dict[Tensor, Tensor]] = defaultdict(dict)
+        for layer in layers:
+            for p, number in zip(layer.binding.parameters, layer.numbers, strict=True):
+                if p.grad is None:
+                    continue
+                if self.param_groups[number]["precondition"] == "gradient":
+                    found[p] = p.grad
+                else:
+                    alike[number, id(p) if is_sharded(p) else 0][p] = p.grad
+        for (number, _), pairs in alike.items():
+            states, group = [self.state[p] for p in pairs], self.param_groups[number]
+            found |= zip(pairs, smoothed(list(pairs.values()), states, group), strict=True)
+        return found
+
+    def _layer_directions(self, layer: Active, ready: Vector) -> dict[Tensor, Tensor]:
+        """Directions of one layer's parameters, by its newest factors, along what is ready."""
         binding, group, state, _ = layer
-        if binding.sharded and binding.entrywise and group["graft"] is group["update_rms"] is None:
-            return self._shard_directions(layer)
-        matrix = self._gradient(layer)
+        if binding.sharded and binding.entrywise and group["graft"] is None:
+            return self._shard_directions(layer, ready)
+        matrix = self._gradient(layer, ready)
         direction = self._direction(layer, matrix)
         return binding.directions(lengthened(direction, matrix, state, group))
 
-    def _gradient(self, layer: Active) -> Tensor:
+    def _gradient(self, layer: Active, ready: Vector) -> Tensor:
         """What of a layer is preconditioned, as a matrix."""
-        binding, group = layer[:2]
-        return binding.gradient_matrix(lambda p, g: self._smoothed(p, g, group))
+        return layer.binding.gradient_matrix(lambda p, _: ready[p])
 
     def _direction(self, layer: Active, matrix: Tensor) -> Tensor:
         """It, preconditioned, unless the layer still warms up."""
@@ -199,25 +219,29 @@ class KroneckerOptimizer(SavedOptimizer):
             return matrix
         return self._precondition(state, matrix, binding.tap.recipe, group)
 
-    def _shard_directions(self, layer: Active) -> dict[Tensor, Tensor]:
-        """Those of a sharded layer with diagonal factors: of this rank's shards alone."""
+    def _shard_directions(self, layer: Active, ready: Vector) -> dict[Tensor, Tensor]:
+        """Those of a sharded layer with diagonal factors: of this rank's shards alone.
+
+        For their length, ranks sum one number.
+        """
         binding, group, recipe = layer.binding, layer.group, layer.binding.tap.recipe
         shape = (recipe.layer.groups, recipe.dim_out, recipe.dim_in)
         ones = torch.ones(shape, dtype=binding.dtypes[1], device=binding.parameters[0].device)
         scales = self._direction(layer, ones)
-        return binding.scaled(scales, lambda p, g: self._smoothed(p, g, group))
+        directions = binding.scaled(scales, lambda p, _: ready[p])
+        return lengthened_shards(directions, scales.numel(), group)
 
     def _checked(self, options: Group) -> Group:
         options = super()._checked(options)
         if options["graft"] is not None and options["update_rms"] is not None:
             raise ValueError(
                 f"graft={options['graft']!r} and update_rms={options['update_rms']} both set the "
-                "length of an update: give one"
+                "length of an update: give one, and None for the other"
             )
         if options["graft"] == "adamw" and options["nesterov"]:
             raise ValueError(
                 "graft='adamw' has AdamW's averaged momentum, which nesterov=True would lengthen: "
-                "give one"
+                "give nesterov=False"
             )
         if options["graft"] == "adamw" and options["average_momentum"]:
             raise ValueError(
@@ -242,12 +266,6 @@ class KroneckerOptimizer(SavedOptimizer):
         tap.enabled = self._is_due(layer)
         tap.basis = self._basis(binding, state) if "step" in state else None
         tap.turn = state.get("updates", 0)
-
-    def _smoothed(self, parameter: Tensor, gradient: Tensor, group: Group) -> Tensor:
-        """The gradient, or its momentum where that is preconditioned."""
-        if group["precondition"] == "gradient":
-            return gradient
-        return smoothed([gradient], [self.state[parameter]], group)[0]
 
     def _write_all(self, directions: dict[Tensor, Tensor]) -> None:
         """Step all parameters."""

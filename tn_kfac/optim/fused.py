@@ -1,5 +1,6 @@
 """SINGD's step with diagonal factors on a GPU: all layers in one launch, then all parameters.
 
+Where updates get a length (`update_rms`), the norms of all layers take two more launches before.
 What is not done here (other structures, devices and options) the optimizer does layer by layer;
 both give the same up to rounding.
 """
@@ -7,7 +8,7 @@ both give the same up to rounding.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,20 +18,27 @@ from tn_kfac.kernels.available import available
 from tn_kfac.kernels.singd import (
     FactorRule,
     LayerFactors,
+    Parameters,
     SgdRule,
-    Tables,
     Weight,
+    located,
+    set_lengths,
     step_parameters,
+    sum_squares,
+    sums,
     unchanged,
     update_factors,
 )
+from tn_kfac.kernels.tables import Tables
 from tn_kfac.optim.binding import Active, Binding
 from tn_kfac.optim.groups import Group
 from tn_kfac.optim.rules import FALLBACKS, weight_of_new
-from tn_kfac.optim.shared_updates import SharedUpdates
 
 KINDS = (torch.float32, torch.bfloat16, torch.float16)
 State = dict[str, Any]
+Member = tuple[int, Tensor, Weight]
+"""A parameter, with the number of its group and how it lies in memory."""
+Place = tuple[int, int]
 
 
 class Fused:
@@ -58,12 +66,8 @@ class Fused:
         """Whether parameters can be stepped here by the options of their group."""
         if group["rule"] in FALLBACKS:
             return group["rule"] == "sgd" and not isinstance(group["lr"], Tensor)
-        lengths = (group["graft"], group["update_rms"], group["kl_clip"])
-        return (
-            group["precondition"] == "gradient"
-            and lengths == (None, None, None)
-            and not isinstance(group["lr"], Tensor)
-        )
+        lengths = (group["graft"], group["kl_clip"])
+        return lengths == (None, None) and not isinstance(group["lr"], Tensor)
 
     def update(self, layers: Sequence[Active], beta: float, scale: Tensor | None) -> None:
         """Update the factors of layers of one group."""
@@ -90,11 +94,8 @@ class Fused:
         for found in tensors.values():
             update_factors(self._tables, found, rule, scale if empirical else None)
 
-    def weights(self, layer: Active) -> list[tuple[int, Tensor, Weight]] | None:
-        """How a layer's parameters with gradients lie in memory; None: do not step them here.
-
-        With the numbers of their groups.
-        """
+    def weights(self, layer: Active) -> list[Member] | None:
+        """How a layer's parameters with gradients lie in memory; None: do not step them here."""
         binding, _, state, numbers = layer
         if not binding.tap.recipe.packed:
             return None
@@ -144,25 +145,93 @@ class Fused:
             self._ones[p.device] = torch.ones((), device=p.device)
         return unchanged(p.numel(), self._ones[p.device])
 
-    def step(self, members: Sequence[tuple[Tensor, Weight]], group: Group, states: Any) -> None:
-        """Step parameters of one group."""
-        kinds: dict[tuple[torch.dtype, torch.device], list[tuple[Tensor, Weight]]]
-        kinds = defaultdict(list)
-        for p, weight in members:
-            kinds[p.dtype, p.device].append((p, weight))
-        decoupled, decay = group["decoupled_weight_decay"], group["weight_decay"]
-        rule = SgdRule(
-            lr=float(group["lr"]) * weight_of_new(group),
-            momentum=float(group["momentum"]),
-            decay=0.0 if decoupled else float(decay),
-            shrink=1.0 - group["lr"] * decay if decoupled else 1.0,
-            nesterov=bool(group["nesterov"] and group["momentum"]),
-            root=group.get("exponent", 1) != 1,
-        )
-        for found in kinds.values():
-            parameters, weights = zip(*found, strict=True)
-            buffers = [_buffer(p, states[p]) if rule.momentum else None for p in parameters]
-            step_parameters(self._tables, parameters, buffers, weights, rule)
+    def step(
+        self, layers: Sequence[tuple[Active, list[Member]]], groups: Sequence[Group], states: Any
+    ) -> None:
+        """Step the parameters of layers."""
+        lengthened = [(a, found) for a, found in layers if a.group["update_rms"] is not None]
+        places, rows = self._places(lengthened) if lengthened else ({}, {})
+        members: list[list[tuple[Tensor, Weight]]] = [[] for _ in groups]
+        for _, found in layers:
+            for number, p, weight in found:
+                members[number].append((p, weight))
+        parts = [
+            located(self._tables, part)
+            for group, found in zip(groups, members, strict=True)
+            for part in _parts(found, group, states, places)
+        ]
+        for part in parts if places else ():
+            if part.given.places is not None:
+                sum_squares(self._tables, part)
+        for (rms, device), found in rows.items():
+            set_lengths(self._tables, found, rms, device)
+        for part in parts:
+            step_parameters(self._tables, part)
+
+    def step_plain(
+        self, members: Sequence[tuple[Tensor, Weight]], group: Group, states: Any
+    ) -> None:
+        """Step parameters without factors of one group."""
+        for part in _parts(members, group, states, {}):
+            step_parameters(self._tables, located(self._tables, part))
+
+    def _places(
+        self, layers: Sequence[tuple[Active, list[Member]]]
+    ) -> tuple[dict[Tensor, Place], dict[tuple[float, torch.device], list[tuple[int, ...]]]]:
+        """Where parameters' sums of squares and layers' lengths are; and rows for `set_lengths`."""
+        counts: dict[torch.device, int] = defaultdict(int)
+        for _, found in layers:
+            counts[found[0][1].device] += 1 + sum(sums(weight) for _, _, weight in found)
+        scratch = {d: self._tables.scratch(n, d).data_ptr() for d, n in counts.items()}
+        places: dict[Tensor, Place] = {}
+        rows: dict[tuple[float, torch.device], list[tuple[int, ...]]] = defaultdict(list)
+        for (binding, group, _, _), found in layers:
+            device, recipe = found[0][1].device, binding.tap.recipe
+            length, first = scratch[device], scratch[device] + 4
+            after = first
+            for _, p, weight in found:
+                places[p] = (after, length)
+                after += 4 * sums(weight)
+            scratch[device] = after
+            entries = recipe.layer.groups * recipe.dim_in * recipe.dim_out
+            rows[float(group["update_rms"]), device].append(
+                (first, (after - first) // 4, entries, length)
+            )
+        return places, rows
+
+
+def _parts(
+    members: Sequence[tuple[Tensor, Weight]], group: Group, states: Any,
+    places: Mapping[Tensor, Place],
+) -> list[Parameters]:  # fmt: skip
+    """Parameters of one group, those of each dtype and device for themselves."""
+    kinds: dict[tuple[torch.dtype, torch.device], list[tuple[Tensor, Weight]]]
+    kinds = defaultdict(list)
+    for p, weight in members:
+        kinds[p.dtype, p.device].append((p, weight))
+    rule, parts = _rule(group), []
+    lengthened = group.get("update_rms") is not None
+    for found in kinds.values():
+        parameters, weights = zip(*found, strict=True)
+        buffers = [_buffer(p, states[p]) if rule.momentum else None for p in parameters]
+        own = [places[p] for p in parameters] if lengthened else None
+        parts.append(Parameters(parameters, buffers, weights, rule, own))
+    return parts
+
+
+def _rule(group: Group) -> SgdRule:
+    decoupled, decay = group["decoupled_weight_decay"], group["weight_decay"]
+    first, fresh = group.get("precondition") == "momentum", weight_of_new(group)
+    return SgdRule(
+        lr=float(group["lr"]) * (1.0 if first else fresh),
+        momentum=float(group["momentum"]),
+        decay=0.0 if decoupled else float(decay),
+        shrink=1.0 - group["lr"] * decay if decoupled else 1.0,
+        nesterov=bool(group["nesterov"] and group["momentum"]),
+        root=group.get("exponent", 1) != 1,
+        first=first,
+        fresh=fresh if first else 1.0,
+    )
 
 
 def _buffer(parameter: Tensor, state: State) -> Tensor:
@@ -213,59 +282,3 @@ def _weight(binding: Binding, p: Tensor, K: Tensor, C: Tensor) -> Weight | None:
 
 def _last(p: Tensor) -> torch.memory_format:
     return torch.channels_last if p.dim() == 4 else torch.channels_last_3d
-
-
-class FusedOptimizer(SharedUpdates):
-    """An optimizer that updates and uses diagonal factors as SINGD does, at once where it can."""
-
-    _fused: Fused
-
-    def _take_in(self, measured: Sequence[Active], scale: Tensor | None) -> None:
-        """All layers that `Fused` knows at once, the others one after another."""
-        rest, betas = [], {}
-        alike: dict[tuple[int, float], list[Active]] = defaultdict(list)
-        for layer in measured:
-            binding, group, state, numbers = layer
-            starts = group["init"] == "curvature" and not state.get("started")
-            if starts or not self._fused.takes_factors(binding, state):
-                rest.append(layer)
-                continue
-            self._sums.arrive(binding.tap)
-            time = (numbers[0], state["step"])
-            if time not in betas:
-                betas[time] = self._beta(state, group)
-            alike[numbers[0], betas[time]].append(layer)
-        for (_, beta), layers in alike.items():
-            self._fused.update(layers, beta, scale)
-            for layer in layers:
-                self._count_update(layer.state, layer.group)
-        super()._take_in(rest, scale)
-
-    def _step_layers(self, active: Sequence[Active], counted: Sequence[bool]) -> None:
-        rest, waits = [], []
-        eager = not torch.compiler.is_compiling()
-        taken = [eager and self._fused.takes_group(group) for group in self.param_groups]
-        members: list[list[tuple[Tensor, Weight]]] = [[] for _ in taken]
-        for layer, counts in zip(active, counted, strict=True):
-            ready = layer.state["step"] >= layer.group["warmup"]
-            for number in layer.numbers:
-                ready = ready and taken[number]
-            weights = self._fused.weights(layer) if ready else None
-            if weights is None:
-                rest.append(layer)
-                waits.append(counts)
-                continue
-            for number, p, weight in weights:
-                members[number].append((p, weight))
-            self._count_step(layer, counts)
-        super()._step_layers(rest, waits)
-        for group, found in zip(self.param_groups, members, strict=True):
-            if found:
-                self._fused.step(found, group, self.state)
-
-    def _write(self, group: Group, directions: dict[Tensor, Tensor]) -> None:
-        members = self._fused.without_factors(group) if group["rule"] != self.rule else None
-        if members is None:
-            super()._write(group, directions)
-        elif members:
-            self._fused.step(members, group, self.state)

@@ -58,12 +58,13 @@ class OwnedOptimizer(KroneckerOptimizer):
         found: dict[Tensor, Tensor] = {}
         parts: list[tuple[int | None, Tensor]] = []
         later: list[tuple[Active, Tensor | None]] = []
+        ready = self._ready_gradients(active)
         for layer in active:
             owner = self._owners.of(layer.binding, self._bindings)
             if owner is None:
-                found |= self._layer_directions(layer)
+                found |= self._layer_directions(layer, ready)
                 continue
-            matrix = self._gradient(layer)
+            matrix = self._gradient(layer, ready)
             parts.append((owner, self._owned_direction(layer, matrix)))
             later.append((layer, matrix if layer.group["graft"] else None))
         received = from_owners(parts, self._process_group)

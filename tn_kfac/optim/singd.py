@@ -19,7 +19,8 @@ from tn_kfac.optim.factor_update import (
     riemannian_gradient,
     update_factor,
 )
-from tn_kfac.optim.fused import Fused, FusedOptimizer
+from tn_kfac.optim.fused import Fused
+from tn_kfac.optim.fused_optimizer import FusedOptimizer
 from tn_kfac.optim.groups import Group
 from tn_kfac.optim.owners import Owners
 from tn_kfac.optim.shared_updates import SHARING, check_owned, price
@@ -56,9 +57,17 @@ class SINGD(FusedOptimizer):
     The gradient G of each layer's weight (with its bias as an extra column) is replaced by
     C Cᵀ G K Kᵀ, where K Kᵀ and C Cᵀ approximate the inverses of the layer's Kronecker
     factors (empirical Fisher). K and C stay in a structured matrix space and are updated
-    without inversion (https://arxiv.org/abs/2312.05705, Figure 4); then weight decay and
-    heavy-ball momentum as in `torch.optim.SGD`. Grouped convolutions have one exact pair
-    of factors per channel group, each with its own traces.
+    without inversion (https://arxiv.org/abs/2312.05705, Figure 4). Grouped convolutions have one
+    exact pair of factors per channel group, each with its own traces.
+
+    By default G is the gradients' momentum, Nesterov's, and each layer's update gets the root
+    mean square 0.2 that AdamW's have, times lr: so rates are much the same in all networks, and
+    factors are new in every step. The published method differs in these options alone:
+
+    >>> SINGD(model, lr=1e-3, T=10, lr_cov=1e-2, update_rms=None, precondition="gradient",
+    ...       nesterov=False, fallback="sgd")
+
+    With `momentum` and `weight_decay` as in `torch.optim.SGD`, it is that of the package `singd`.
 
     Parameters without Kronecker factors (norm layers, stray parameters) are
     trained by `fallback`, in param groups of their own (`group["rule"]`).
@@ -68,16 +77,20 @@ class SINGD(FusedOptimizer):
         params: Parameters, or groups of them, with options of their own; all parameters
             of the model if None. Weight and bias of a layer may be in groups that differ
             in lr, momentum and weight decay.
-        lr: Learning rate (β₂ in the paper).
-        momentum: Of the parameter update (α₂).
+        lr: Learning rate (β₂ in the paper). With `update_rms`, in which no gradient's size counts,
+            it is that of steps as long as AdamW's, and does for the fallback too; without, steps
+            are as long as gradients and curvature make them.
+        momentum: Of the parameter update (α₂); of the fallback "adamw" it is β₁.
         damping: λ, added to the curvature.
         alpha1: Riemannian momentum of the factor updates (α₁); 0 if `kfac_like`.
         weight_decay: γ, added to the preconditioned gradient as γ · parameter.
         T: Steps between factor updates, or a callable of the step that returns how many to wait.
+            Diagonal factors cost little in every step; of other structures T=10 is advisable.
         loss_average: What the loss averages over: "batch", "batch+sequence" (also over
             shared positions: the tokens of a sequence) or None for a sum. It must fit the
             loss; class weights and ignored targets want fisher="mc" or "type-2".
-        lr_cov: Step size of the factor updates (β₁), or a callable of the step.
+        lr_cov: Step size of the factor updates (β₁), or a callable of the step: how fast factors
+            follow the curvature.
         structure: Of both factors, or a pair (input, output): a name ("diagonal", "dense",
             "auto", "block30diagonal", "hierarchical15_15", "triltoeplitz", "triutoeplitz",
             "triltopleftdiag" and its three kin) or an object of `tn_kfac.structures`; or a
@@ -98,24 +111,26 @@ class SINGD(FusedOptimizer):
         init_grad_scale: Accepted for scripts written for `singd`; it has no effect, since
             loss scaling is undone exactly.
         normalize_lr_cov: Divide `lr_cov` by max(1, max|m|).
-        nesterov: Nesterov's momentum, as in `torch.optim.SGD`.
+        nesterov: Nesterov's momentum, as in `torch.optim.SGD`, instead of the heavy ball's.
         average_momentum: Momentum is an average, b ← momentum · b + (1 − momentum) g from 0, as
             in Adam, instead of a sum: so a rate does not depend on it.
         decoupled_weight_decay: Shrink parameters by 1 − lr · weight_decay before the step, as in
             AdamW, instead of adding the decay to the direction.
-        precondition: "gradient", whose momentum is taken afterwards, or "momentum".
+        precondition: The "momentum" of gradients, so that all of it has the newest factors and
+            weight decay is no part of it; or the "gradient", whose momentum is taken afterwards.
         exponent: 1, or 1/2 for A^-1/2 and G^-1/2 (diagonal factors only).
         graft: Take the length of each layer's update from "sgd" (the gradient's norm) or "adamw"
             (the norm of g / (√v̂ + ε); momentum then averages), so that a learning rate tuned
             for it carries over (https://arxiv.org/abs/2002.11803).
-        update_rms: Or give each layer's update this root mean square.
+        update_rms: Or give each layer's update this root mean square, times lr: AdamW's is about
+            0.2, whose rates carry over then; None: what preconditioning makes of it.
         kl_clip: κ: shrink a group's update by min(1, √(κ / |lr² Σ ⟨update, gradient⟩|)).
         warmup: First steps, in which factors form but gradients are followed as they are.
         init: Factors start at the "identity", or at the first batch's "curvature".
         factor_clip: The most that lr_cov times the norm of a factor's momentum may grow to (below
             1, no curvature turns a factor around); None: anything, as the package does.
         curvature_fraction: 1/n: measure every n-th sample of a batch, in turns; unbiased.
-        fallback: "sgd", "adamw", or None to leave these parameters untrained.
+        fallback: "adamw", "sgd", or None to leave these parameters untrained.
         fallback_lr: Learning rate of the fallback; `lr` if None.
         fallback_weight_decay: Weight decay of the fallback; `weight_decay` if None.
         share_updates: "factors": each of several ranks updates the factors of some layers, by what
@@ -149,14 +164,14 @@ class SINGD(FusedOptimizer):
         self,
         model: nn.Module,
         params: Any = None,
-        lr: float | Tensor = 1e-3,
+        lr: float | Tensor = 1e-2,
         momentum: float = 0.9,
         damping: float = 1e-3,
         alpha1: float = 0.5,
         weight_decay: float = 0.0,
-        T: int | Callable[[int], int] = 10,
+        T: int | Callable[[int], int] = 1,
         loss_average: Literal["batch", "batch+sequence"] | None = "batch",
-        lr_cov: float | Callable[[int], float] = 1e-2,
+        lr_cov: float | Callable[[int], float] = 0.1,
         structure: Structures | Mapping[str, Structures] | None = None,
         kfac_approx: Literal["expand", "reduce"] = "expand",
         warn_unsupported: bool = True,
@@ -168,19 +183,19 @@ class SINGD(FusedOptimizer):
         fisher: Fisher = "empirical",
         norms: bool = False,
         structures: tuple[StructureLike, StructureLike] | None = None,
-        nesterov: bool = False,
+        nesterov: bool = True,
         average_momentum: bool = False,
         decoupled_weight_decay: bool = False,
-        precondition: Literal["gradient", "momentum"] = "gradient",
+        precondition: Literal["gradient", "momentum"] = "momentum",
         exponent: float = 1,
         graft: Literal["sgd", "adamw"] | None = None,
-        update_rms: float | None = None,
+        update_rms: float | None = 0.2,
         kl_clip: float | None = None,
         warmup: int = 0,
         init: Literal["identity", "curvature"] = "identity",
         factor_clip: float | None = 0.9,
         curvature_fraction: float = 1,
-        fallback: Literal["sgd", "adamw"] | None = "sgd",
+        fallback: Literal["sgd", "adamw"] | None = "adamw",
         fallback_lr: float | None = None,
         fallback_weight_decay: float | None = None,
         share_updates: Literal["factors", "gradients"] | Literal[False] = "factors",

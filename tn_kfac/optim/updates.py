@@ -41,6 +41,17 @@ def lengthened(direction: Tensor, gradient: Tensor, state: State, group: Group) 
     return direction * (length / direction.norm().clamp(min=torch.finfo(direction.dtype).tiny))
 
 
+def lengthened_shards(
+    directions: Mapping[Tensor, Tensor], entries: int, group: Group
+) -> dict[Tensor, Tensor]:
+    """The same for `update_rms`, of this rank's shards of a layer of so many entries."""
+    if group["update_rms"] is None:
+        return dict(directions)
+    norm = total({p: _product(d, d) for p, d in directions.items()}).sqrt()
+    length = group["update_rms"] * entries**0.5 / norm.clamp(min=torch.finfo(norm.dtype).tiny)
+    return {p: d * length for p, d in directions.items()}
+
+
 def _adam(gradient: Tensor, state: State) -> Tensor:
     """g / (√v̂ + ε): Adam's update without its first moment, which our momentum stands for."""
     gradient = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
