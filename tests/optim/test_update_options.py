@@ -242,9 +242,9 @@ def test_callables_are_checked(digits, name, value):
 
 def test_grafted_adamw_has_no_nesterov():
     with pytest.raises(ValueError, match="nesterov=True"):
-        SINGD(two_layers(), graft="adamw", nesterov=True)
+        SINGD(two_layers(), graft="adamw", update_rms=None, nesterov=True)
     with pytest.raises(ValueError, match="average_momentum=True"):
-        SINGD(two_layers(), graft="adamw", average_momentum=True)
+        SINGD(two_layers(), graft="adamw", update_rms=None, nesterov=False, average_momentum=True)
     with pytest.raises(ValueError, match="graft='sgd' and update_rms"):
         SINGD(two_layers(), graft="sgd", update_rms=0.2)
 
