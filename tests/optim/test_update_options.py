@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from optimizers import is_identity, joint, loss_of, train, two_layers
+from optimizers import copied, is_identity, joint, loss_of, train, two_layers
 from torch import Tensor, nn
 
 from benchmarks.published import PUBLISHED
@@ -142,6 +142,20 @@ def test_root_mean_square(digits, kind):
     for _, _, found in steps(digits, kind=kind, structure="dense", update_rms=0.2, momentum=0.0):
         assert found["d"].square().mean().sqrt().item() == pytest.approx(0.2)
         close(found["d"] / found["d"].norm(), found["plain"] / found["plain"].norm())
+
+
+@each_kind
+@pytest.mark.parametrize("factor", [0.0, 1e-30])
+@pytest.mark.parametrize("options", [{"update_rms": 0.2}, {"graft": "sgd"}, {"graft": "adamw"}])
+def test_no_gradient_is_no_update(digits, kind, options, factor):
+    """Nor is one whose squares underflow: of it, nothing is lengthened to a whole step."""
+    model = two_layers().float()
+    optimizer = kind(model, **(KINDS[kind] | {"momentum": 0.0, "structure": "dense"} | options))
+    before = copied(model)
+    (loss_of(model, digits, 0) * factor).backward()
+    optimizer.step()
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.detach(), before[name], rtol=0, atol=1e-3)
 
 
 @each_kind
