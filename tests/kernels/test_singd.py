@@ -160,6 +160,20 @@ def test_what_is_not_finite_is_no_update(monkeypatch: pytest.MonkeyPatch) -> Non
     assert all((factor != 1).any() for factor in factors[::2])
 
 
+@needs_kernels
+def test_no_gradient_is_no_update(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(108, 5)).to(DEVICE)
+    before = [p.detach().clone() for p in model.parameters()]
+    for module in (packed, fused):
+        monkeypatch.setattr(module, "available", lambda device: True)
+    optimizer = SINGD(model)
+    for _ in range(2):
+        optimizer.zero_grad()
+        (model(torch.randn(6, 3, 6, 6, device=DEVICE)).sum() * 0).backward()
+        optimizer.step()
+    assert all(map(torch.equal, before, model.parameters()))
+
+
 def test_agrees_under_the_interpreter() -> None:
     run_interpreted(__file__)
 

@@ -36,6 +36,7 @@ CASES = {
 }
 """Options of the optimizer; some cases differ in the training loop."""
 RUNS = {
+    "SINGD": ("plain", "interval", "accumulation", "norms", "clipped"),
     "SINGD diagonal": tuple(case for case in CASES if case != "blocks"),
     "SINGD dense": ("plain", "sum loss", "blocks", "accumulation", "clipped"),
     "KFAC": ("plain", "sum loss", "interval", "exact Fisher", "accumulation"),
@@ -236,12 +237,14 @@ def trials(rank: int, ranks: int, folder: Path) -> dict[str, Callable[[], float]
         )
         found["KFAC, empty shards"] = lambda: run("KFAC", "plain", rank, ranks)
         found["SINGD, hybrid"] = lambda: run("SINGD diagonal", "clipped", rank, ranks, mesh=mesh)
+        found["lengths, hybrid"] = lambda: run("SINGD", "plain", rank, ranks, mesh=mesh)
+        found["lengths, empty shards"] = lambda: run("SINGD", "plain", rank, ranks)
         found["KFAC, tensor parallel"] = lambda: tensor_parallel(mesh)
         return found
     for name, chosen in RUNS.items():
         for case in chosen:
             found[f"{name}, {case}"] = lambda name=name, case=case: run(name, case, rank, ranks)
-    for name in ("SINGD diagonal", "KFAC"):
+    for name in ("SINGD", "SINGD diagonal", "KFAC"):
         found[f"{name}, bfloat16"] = lambda name=name: in_bfloat16(name, rank)
         found[f"{name}, resumed"] = lambda name=name: resumed(name, rank, False)
     found["KFAC, resumed from whole"] = lambda: resumed("KFAC", rank, True)

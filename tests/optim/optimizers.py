@@ -21,12 +21,14 @@ class Entry:
         defaults: Options of every test that gives none of its own.
         gentle: Options for small steps, in tests that say `gentle=True`.
         scheduled: The option that may be a callable of the step.
+        pace: By which rates are multiplied where losses shall fall within a few steps.
     """
 
     kind: type[SINGD] | type[KFAC]
     defaults: dict[str, Any]
     gentle: dict[str, Any]
     scheduled: str
+    pace: float = 1.0
 
     def __call__(self, model: nn.Module, *args: Any, gentle: bool = False, **options: Any) -> Any:
         given = self.defaults | (self.gentle if gentle else {}) | options
@@ -40,7 +42,7 @@ KFAC_OPTIONS = {"lr": 0.05, "damping": 0.02, "kl_clip": None, "T_inverse": 2}
 EKFAC = {"ekfac": True, "structure": "diagonal"}
 NEWTON = {"inverse": "newton-schulz", "T_inverse": 1}
 OPTIMIZERS: dict[str, Entry] = {
-    "SINGD": Entry(SINGD, {"lr": 0.05}, SLOWLY, "lr_cov"),
+    "SINGD": Entry(SINGD, {}, SLOWLY, "lr_cov", pace=5.0),
     "SINGD diagonal": Entry(SINGD, SINGD_OPTIONS | {"structure": "diagonal"}, SLOWLY, "lr_cov"),
     "SINGD dense": Entry(SINGD, SINGD_OPTIONS | {"structure": "dense"}, SLOWLY, "lr_cov"),
     "KFAC": Entry(KFAC, KFAC_OPTIONS, HEAVILY, "damping"),

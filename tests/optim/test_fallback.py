@@ -58,7 +58,7 @@ def test_sgd_fallback_is_torch_sgd(digits, build, lr, momentum, weight_decay):
     """Bit for bit, with the optimizer's own lr, momentum and weight decay."""
     options = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
     model = Mixed()
-    optimizer = build(model, fallback="sgd", **options)
+    optimizer = build(model, fallback="sgd", nesterov=False, **options)
     _assert_same_as_torch(digits, optimizer, model, torch.optim.SGD, **options)
 
 
@@ -104,7 +104,8 @@ def test_options_of_a_users_group_come_first(digits, build):
     """A group's own lr and weight decay win over the fallback's general ones."""
     model = Mixed()
     groups = [{"params": list(model.parameters()), "lr": 0.03, "weight_decay": 0.3}]
-    optimizer = build(model, groups, fallback="sgd", fallback_lr=9.0, fallback_weight_decay=9.0)
+    general = {"fallback": "sgd", "fallback_lr": 9.0, "fallback_weight_decay": 9.0}
+    optimizer = build(model, groups, nesterov=False, **general)
     options = {"lr": 0.03, "momentum": 0.9, "weight_decay": 0.3}
     _assert_same_as_torch(digits, optimizer, model, torch.optim.SGD, **options)
 
@@ -154,19 +155,23 @@ def test_frozen_parameters_need_no_warning(build):
 
 
 @each_optimizer
-def test_sparse_gradients_of_embeddings(digits, build):
-    """A sparse embedding follows torch.optim.SGD without momentum."""
+@pytest.mark.parametrize("fallback", ["sgd", "adamw"])
+def test_sparse_gradients_of_embeddings(digits, build, fallback):
+    """A sparse embedding follows torch's SGD, or its AdamW as if the gradients were dense."""
     model = nn.Sequential(nn.Embedding(17, 4, sparse=True), nn.Linear(4, 2))
     with pytest.warns(UserWarning, match=REFUSED + "'0' has sparse gradients"):
-        optimizer = build(model, lr=0.1, momentum=0.0)
+        optimizer = build(model, lr=0.1, momentum=0.0, fallback=fallback)
     clone = model[0].weight.detach().clone().requires_grad_()
-    oracle = torch.optim.SGD([clone], lr=0.1)
+    oracle: torch.optim.Optimizer = torch.optim.SGD([clone], lr=0.1)
+    if fallback == "adamw":
+        oracle = torch.optim.AdamW([clone], lr=0.1, betas=(0.0, 0.999), weight_decay=0.0)
     tokens = (16 * digits[0][:4, 0, 3]).long()
     for _ in range(3):
         optimizer.zero_grad()
         model(tokens).pow(2).mean().backward()
         clone.grad = model[0].weight.grad.clone()
         assert clone.grad.is_sparse
+        clone.grad = clone.grad.to_dense() if fallback == "adamw" else clone.grad
         optimizer.step()
         oracle.step()
     assert torch.equal(clone, model[0].weight)

@@ -9,7 +9,7 @@ def test_sharded_is_one_process(tmp_path, given):
     """Parameters, factors and momentum; checkpoints; and what is communicated."""
     ranks, network = given
     said = launch("fsdp.py", ranks, tmp_path, network)
-    assert len(said[0]) == {2: 31, 4: 3}[ranks]
+    assert len(said[0]) == {2: 38, 4: 5}[ranks]
     wrong = {
         trial: [found[trial] for found in said]
         for trial in said[0]

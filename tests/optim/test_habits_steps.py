@@ -195,9 +195,10 @@ CLIPS: dict[str, Callable] = {
 @each_optimizer
 @pytest.mark.parametrize("clip", CLIPS.values(), ids=CLIPS)
 def test_clipped_gradients_shorten_the_step_alone(digits, build, clip):
-    """Without momentum the step shrinks as the gradient did; the factors are the same."""
+    """Without momentum and lengths the step shrinks as gradients did; factors are the same."""
     model, twin = _twins()
-    optimizer, oracle = build(model, momentum=0.0), build(twin, momentum=0.0)
+    options = {"momentum": 0.0, "update_rms": None, "fallback": "sgd"}
+    optimizer, oracle = build(model, **options), build(twin, **options)
     before = copied(model)
     for part, own in ((model, optimizer), (twin, oracle)):
         loss_of(part, digits, 0).backward()

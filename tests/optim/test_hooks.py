@@ -122,7 +122,7 @@ def test_weights_shared_in_another_way_are_named(build):
 
     model = TiedEmbedding()
     with pytest.warns(UserWarning, match=r"'embedding' shares parameters with .*head") as caught:
-        optimizer = build(model)
+        optimizer = build(model, fallback="sgd")
     assert caught[0].filename == build.__call__.__code__.co_filename, (
         "the warning points at the caller"
     )

@@ -125,7 +125,7 @@ def test_model_trains(digits, build, fallback, name):
     """Losses stay finite and fall, every parameter moves, and Linears get factors."""
     model = MODELS[name]()
     with _warned(name):
-        optimizer = build(model, fallback=fallback, lr=0.02, fallback_lr=0.02)
+        optimizer = build(model, fallback=fallback, lr=0.02 * build.pace, fallback_lr=0.02)
     before = copied(model)
     losses = train(model, optimizer, digits, SAME_BATCH)
     assert losses[-1] < 0.9 * losses[0]
@@ -158,7 +158,7 @@ def test_attention_projections_follow_the_fallback(digits, build):
 def test_refused_modules_need_no_warning_when_not_wanted(build, name):
     """warn_unsupported=False is silent (warnings are errors here)."""
     model = MODELS[name]()
-    optimizer = build(model, warn_unsupported=False)
+    optimizer = build(model, fallback="sgd", warn_unsupported=False)
     assert {group["rule"] for group in optimizer.param_groups} == {build.kind.rule, "sgd"}
 
 
@@ -185,7 +185,7 @@ def test_layer_with_a_frozen_parameter(digits, build, frozen):
     """The other one trains, with factors of the size that it needs."""
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
     getattr(model[1], frozen).requires_grad_(False)
-    optimizer = build(model)
+    optimizer = build(model, lr=0.05 * build.pace)
     before = copied(model)
     losses = train(model, optimizer, digits, SAME_BATCH)
     trained = "bias" if frozen == "weight" else "weight"
@@ -211,7 +211,7 @@ def test_trained_weight_beside_a_bias_in_no_group(digits, build):
 def test_model_that_changes_dtype_after_construction(digits, build, dtype):
     """model.to(dtype) replaces every storage; the optimizer goes on training it."""
     model = DigitNet()
-    optimizer = build(model, lr=0.02)
+    optimizer = build(model, lr=0.02 * build.pace)
     model.to(dtype)
     before = copied(model)
     losses = train(model, optimizer, digits, SAME_BATCH)

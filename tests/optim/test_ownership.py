@@ -71,7 +71,7 @@ def test_lazy_layers_want_an_input_first():
 def test_complex_weights_follow_the_fallback():
     model = nn.Linear(3, 2, dtype=torch.complex128)
     with pytest.warns(UserWarning, match="without Kronecker factors: .* has complex parameters"):
-        optimizer = SINGD(model, lr=0.1, momentum=0.0)
+        optimizer = SINGD(model, lr=0.1, momentum=0.0, fallback="sgd")
     before = model.weight.detach().clone()
     model(torch.randn(4, 3, dtype=torch.complex128)).abs().square().mean().backward()
     optimizer.step()

@@ -77,8 +77,9 @@ def test_weight_and_bias_in_groups_of_their_own(digits, build, rates, decays, mo
         for params, lr, decay, momentum in zip(_split(model), rates, decays, momenta, strict=True)
     ]
     twin = copy.deepcopy(model)
-    optimizer = build(model, groups)
-    probe = build(twin, lr=1.0, momentum=0.0)
+    heavy = {"precondition": "gradient", "nesterov": False}
+    optimizer = build(model, groups, **heavy)
+    probe = build(twin, lr=1.0, momentum=0.0, **heavy)
     velocity = [torch.zeros_like(p) for p in model.parameters()]
     options = {p: group for group in groups for p in group["params"]}
 
@@ -177,7 +178,7 @@ def test_unfreezing_later(digits, build):
     """Layers that are added while training are captured and trained from then on."""
     model = Mixed()
     model.conv.requires_grad_(False)
-    optimizer = build(model, model.head.parameters())
+    optimizer = build(model, model.head.parameters(), fallback="sgd")
     before = copied(model)
     train(model, optimizer, digits, range(3))
     assert changed(model, before) == {"head.weight", "head.bias"}

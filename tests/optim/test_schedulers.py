@@ -47,7 +47,7 @@ def test_schedule_is_that_of_sgd(digits, build, fallback, name):
         model,
         [{"params": model.head.parameters(), "lr": 0.02}, {"params": model.conv.parameters()},
          {"params": model.norm.parameters(), "lr": 0.03}],
-        fallback=fallback,
+        fallback=fallback, lr=0.05,
     )  # fmt: skip
     clones = [torch.nn.Parameter(torch.ones(1)) for _ in range(3)]
     oracle = torch.optim.SGD(

@@ -102,7 +102,7 @@ def test_gradient_without_statistics_is_a_plain_sgd_step(build):
     """Gradients set by hand: K and C are still I, so the direction is the gradient."""
     model = nn.Linear(3, 2)
     before = copied(model)
-    optimizer = build(model, lr=0.1, momentum=0.0)
+    optimizer = build(model, lr=0.1, momentum=0.0, update_rms=None)
     for p in model.parameters():
         p.grad = torch.ones_like(p)
     with pytest.warns(UserWarning, match="no layer captured curvature"):

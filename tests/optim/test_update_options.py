@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from optimizers import is_identity, joint, loss_of, train, two_layers
+from optimizers import copied, is_identity, joint, loss_of, train, two_layers
 from torch import Tensor, nn
 
 from benchmarks.published import PUBLISHED
@@ -145,6 +145,20 @@ def test_root_mean_square(digits, kind):
 
 
 @each_kind
+@pytest.mark.parametrize("factor", [0.0, 1e-30])
+@pytest.mark.parametrize("options", [{"update_rms": 0.2}, {"graft": "sgd"}, {"graft": "adamw"}])
+def test_no_gradient_is_no_update(digits, kind, options, factor):
+    """Nor is one whose squares underflow: of it, nothing is lengthened to a whole step."""
+    model = two_layers().float()
+    optimizer = kind(model, **(KINDS[kind] | {"momentum": 0.0, "structure": "dense"} | options))
+    before = copied(model)
+    (loss_of(model, digits, 0) * factor).backward()
+    optimizer.step()
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.detach(), before[name], rtol=0, atol=1e-3)
+
+
+@each_kind
 def test_kl_clip(digits, kind):
     """All layers shrink by the one factor min(1, √(κ / |lr² Σ ⟨d, g⟩|))."""
     shrunk = set()
@@ -242,9 +256,9 @@ def test_callables_are_checked(digits, name, value):
 
 def test_grafted_adamw_has_no_nesterov():
     with pytest.raises(ValueError, match="nesterov=True"):
-        SINGD(two_layers(), graft="adamw", nesterov=True)
+        SINGD(two_layers(), graft="adamw", update_rms=None, nesterov=True)
     with pytest.raises(ValueError, match="average_momentum=True"):
-        SINGD(two_layers(), graft="adamw", average_momentum=True)
+        SINGD(two_layers(), graft="adamw", update_rms=None, nesterov=False, average_momentum=True)
     with pytest.raises(ValueError, match="graft='sgd' and update_rms"):
         SINGD(two_layers(), graft="sgd", update_rms=0.2)
 

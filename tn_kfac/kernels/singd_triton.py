@@ -221,9 +221,9 @@ def set_lengths(table, rms, BLOCK: tl.constexpr):
         i = first + tl.arange(0, BLOCK)
         total += tl.load(squares + i, mask=i < count, other=0.0)
     norm = tl.sqrt(tl.sum(total, axis=0))
-    least = tl.where(norm < 1.1754943508222875e-38, 1.1754943508222875e-38, norm)  # keeps NaN
+    norm = tl.where(norm < 1.0842021724855044e-19, 1.0842021724855044e-19, norm)  # keeps NaN
     length = rms * tl.sqrt(tl.load(layer + 2).to(tl.float32))
-    tl.store(_pointer(layer, 3, tl.float32), length / least)
+    tl.store(_pointer(layer, 3, tl.float32), length / norm)
 
 
 @triton.jit

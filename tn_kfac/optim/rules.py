@@ -68,8 +68,9 @@ def adamw(
 ) -> None:
     """AdamW with β₁ = momentum, β₂ = beta2 (https://arxiv.org/abs/1711.05101).
 
-    On a GPU in one launch, which counts steps there.
+    On a GPU in one launch, which counts steps there. Sparse directions are taken as dense ones.
     """
+    directions = [d.to_dense() if d.is_sparse else d for d in directions]
     fused = _fuses(params, directions)
     for param, state in zip(params, states, strict=True):
         if "exp_avg" not in state:
@@ -99,7 +100,7 @@ def adamw(
 def _fuses(params: Sequence[Tensor], directions: Sequence[Tensor]) -> bool:
     """Whether torch's fused AdamW, one launch on a GPU, takes these parameters."""
     return not torch.compiler.is_compiling() and all(
-        p.is_cuda and p.is_floating_point() and d.dtype == p.dtype and not d.is_sparse
+        p.is_cuda and p.is_floating_point() and d.dtype == p.dtype
         for p, d in zip(params, directions, strict=True)
     )
 

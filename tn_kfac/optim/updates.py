@@ -27,18 +27,29 @@ def lengthened(direction: Tensor, gradient: Tensor, state: State, group: Group) 
     """A layer's direction with the length that `graft` or `update_rms` asks for.
 
     Grafting (https://arxiv.org/abs/2002.11803) takes the norm of the update that the grafted
-    rule would make of the layer's gradient; `update_rms` sets the root mean square.
+    rule would make of the layer's gradient; `update_rms` sets the root mean square. Directions
+    whose squares underflow, as that of no gradient, stay small.
     """
     graft, rms = group["graft"], group["update_rms"]
     if graft is None and rms is None:
         return direction
+    norm = torch.linalg.vector_norm(direction, dtype=_exact(direction))
     if graft == "sgd":
         length = gradient.norm()
     elif graft == "adamw":
         length = _adam(gradient, state).norm()
     else:
-        length = direction.new_full((), rms * direction.numel() ** 0.5)
-    return direction * (length / direction.norm().clamp(min=torch.finfo(direction.dtype).tiny))
+        length = rms * direction.numel() ** 0.5
+    return direction * (length / norm.clamp(min=_least(norm)))
+
+
+def _exact(tensor: Tensor) -> torch.dtype:
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
+def _least(norm: Tensor) -> float:
+    """The least norm whose square is a normal number."""
+    return torch.finfo(norm.dtype).tiny ** 0.5
 
 
 def lengthened_shards(
@@ -48,7 +59,7 @@ def lengthened_shards(
     if group["update_rms"] is None:
         return dict(directions)
     norm = total({p: _product(d, d) for p, d in directions.items()}).sqrt()
-    length = group["update_rms"] * entries**0.5 / norm.clamp(min=torch.finfo(norm.dtype).tiny)
+    length = group["update_rms"] * entries**0.5 / norm.clamp(min=_least(norm))
     return {p: d * length for p, d in directions.items()}
 
 
