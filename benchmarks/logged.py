@@ -88,7 +88,7 @@ def draw(found: dict[str, dict[str, Curves]], path: Path) -> None:
 def markdown(found: dict[str, dict[str, Curves]], picture: str) -> str:
     """The page."""
     lines = ["# Runs of scripts/train.py", "", f"![curves]({picture})", ""]
-    lines += ["| network | run | steps | best validation accuracy | last | mean of the last losses |",
+    lines += ["| network | run | steps | best validation accuracy | last | last training loss |",
               "| --- | --- | ---: | ---: | ---: | ---: |"]  # fmt: skip
     for title, runs in found.items():
         for name, curves in runs.items():

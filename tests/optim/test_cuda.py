@@ -19,11 +19,12 @@ pytestmark = [
 
 STRUCTURES = ("dense", "diagonal", "block4diagonal", "triltoeplitz", "triutoeplitz",
               "hierarchical2_3", "triltopleftdiag", "triubottomrightdiag", "auto")  # fmt: skip
+WITHOUT_LENGTH = {"update_rms": None, "nesterov": False}
 OPTIONS = {
     "plain": {},
     "reduce, IKFAC": {"kfac_approx": "reduce", "kfac_like": True},
     "normalised": {"normalize_lr_cov": True, "T": 2},
-    "grafted": {"graft": "adamw", "decoupled_weight_decay": True},
+    "grafted": {"graft": "adamw", "decoupled_weight_decay": True, **WITHOUT_LENGTH},
     "clipped": {"kl_clip": 1e-3, "precondition": "momentum", "weight_decay": 0.1},
     "started": {"init": "curvature", "curvature_fraction": 1 / 2, "update_rms": 0.2},
     "adamw fallback": {"fallback": "adamw"},

@@ -108,6 +108,7 @@ def test_eager_steps_follow_on_a_captured_one_of_the_same_stream():
         torch.testing.assert_close(model.state_dict()[name], value, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores")
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
 @pytest.mark.parametrize("structure", ["diagonal", "dense"])
 def test_models_compiled_into_graphs_train_as_eager_ones(mode, structure):

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from tn_kfac.kernels.products import precise, product
-from tn_kfac.kernels.solves import cholesky, over_lower
 
 MORE_DAMPING = (1e-4, 1e-2)
 """What is added to a difficult block, relative to its mean diagonal entry: inverses of less
@@ -85,8 +84,8 @@ def orthogonal_step(stack: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
     M = precise(last.mT, image)
     quotients = M.diagonal(dim1=-2, dim2=-1).clone()
     L, shift, found = _shifted_cholesky(M)
-    N, info = cholesky(precise(L.mT, L))
-    turned = product(last, over_lower(L, N))
+    N, info = torch.linalg.cholesky_ex(precise(L.mT, L))
+    turned = product(last, torch.linalg.solve_triangular(N.mT, L, upper=True, left=False))
     Q, off = polished(turned)
     kept = found & (info == 0)[:, None, None] & (off < NEARLY)
     values = torch.where(kept[..., 0], N.square().sum(-2) - shift[..., 0], quotients)
@@ -103,9 +102,9 @@ def _shifted_cholesky(M: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     little, much = (norm * shift for shift in SHIFTS)
     diagonal = M.diagonal(dim1=-2, dim2=-1)
     diagonal.add_(little[..., 0])
-    first, info = cholesky(M)
+    first, info = torch.linalg.cholesky_ex(M)
     diagonal.add_((much - little)[..., 0])
-    second, again = cholesky(M)
+    second, again = torch.linalg.cholesky_ex(M)
     fits = (info == 0)[:, None, None]
     found = fits | (again == 0)[:, None, None]
     return torch.where(fits, first, second), torch.where(fits, little, much), found

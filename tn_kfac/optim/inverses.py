@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from tn_kfac.kernels.products import product
-from tn_kfac.kernels.solves import cholesky
 from tn_kfac.optim.eigenvectors import MORE_DAMPING, eigh, orthogonal_step, polished
 from tn_kfac.structures import Structure
 
@@ -157,7 +156,7 @@ def _cholesky(stack: Tensor) -> Tensor:
 
 def _try_cholesky(stack: Tensor) -> tuple[Tensor, Tensor]:
     """Inverses, (n, b, b), and which matrices have none, (n)."""
-    lower, info = cholesky(stack)
+    lower, info = torch.linalg.cholesky_ex(stack)
     failed = info != 0
     eye = torch.eye(stack.shape[-1], dtype=stack.dtype, device=stack.device)
     return torch.cholesky_inverse(torch.where(failed[:, None, None], eye, lower)), failed
