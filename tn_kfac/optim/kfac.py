@@ -9,11 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from tn_kfac.curvature import Measured, Recipe
-from tn_kfac.curvature.likelihood import loss_module
 from tn_kfac.curvature.statistics import Fisher
-from tn_kfac.optim import adaptive as adapting
 from tn_kfac.optim import checks, intervals, pending, refresh
-from tn_kfac.optim.alike import AlikeOptimizer
+from tn_kfac.optim.adapted import AdaptedOptimizer
+from tn_kfac.optim.adaptive import Adaptation
 from tn_kfac.optim.averages import update_averages, update_moments
 from tn_kfac.optim.binding import Active, Binding
 from tn_kfac.optim.damping import Turned, by_inverses, in_eigenbasis
@@ -22,12 +21,11 @@ from tn_kfac.optim.inverses import EIGEN, Inverse, warm_iterations
 from tn_kfac.optim.kfac_options import OPTION_CHECKS, SHARING, check_layer, checked, damping_now
 from tn_kfac.optim.notice import Notice
 from tn_kfac.optim.owners import Owners
-from tn_kfac.optim.ranks import ranks_of
 from tn_kfac.optim.shared_inverses import costs
 from tn_kfac.optim.singd import Structures
 
 
-class KFAC(AlikeOptimizer):
+class KFAC(AdaptedOptimizer):
     r"""Kronecker-factored approximate curvature, with a fallback for all the rest.
 
     The gradient G of each layer's weight (with its bias as an extra column) is multiplied by the
@@ -104,9 +102,11 @@ class KFAC(AlikeOptimizer):
     rule: ClassVar[str] = "kfac"
     factor_names: ClassVar[tuple[str, str]] = ("A", "G")
     built_in: ClassVar[tuple[str, ...]] = (
-        *AlikeOptimizer.built_in, "inverse", "ekfac", "exponent", "max_dim",
+        *AdaptedOptimizer.built_in, "inverse", "ekfac", "exponent", "max_dim",
     )  # fmt: skip
-    option_checks: ClassVar[dict[str, checks.Check]] = AlikeOptimizer.option_checks | OPTION_CHECKS
+    option_checks: ClassVar[dict[str, checks.Check]] = (
+        AdaptedOptimizer.option_checks | OPTION_CHECKS
+    )
 
     def __init__(
         self,
@@ -157,7 +157,7 @@ class KFAC(AlikeOptimizer):
         apart = ("self", "model", "params", "warn_unsupported", "norms", "process_group",
                  "reduce_dtype", "share_inverses", "__class__")  # fmt: skip
         options = {key: value for key, value in given.items() if key not in apart}
-        self._notice, self._adaptation = Notice(), adapting.Adaptation(model)
+        self._notice, self._adaptation = Notice(), Adaptation(model)
         self._owners = Owners(share_inverses, process_group, lambda recipe: sum(costs(recipe)))
         over = process_group if share_inverses == "inverses" else False
         self._pending = pending.Pending(self._notice, over)
@@ -246,19 +246,6 @@ class KFAC(AlikeOptimizer):
             if not self._keeps(binding) and intervals.is_due(state, group):
                 intervals.schedule(state, group)
 
-    def _note(self, outputs: Tensor, loss: str | nn.Module, targets: Tensor | None) -> None:
-        if self._options["adaptive"]:
-            self._adaptation.note(outputs, loss_module(loss), targets)
-
-    def add_param_group(self, param_group: Group) -> None:
-        wanted = self._options["adaptive"]
-        if isinstance(param_group, dict) and param_group.get("adaptive", wanted) != wanted:
-            raise ValueError(
-                f"adaptive={param_group['adaptive']!r} of a group: it is one choice for all of "
-                "them, an argument of KFAC"
-            )
-        super().add_param_group(param_group)
-
     def state_dict(self) -> dict[str, Any]:
         """The state as plain tensors and numbers, with what is computed beside; waits for it."""
         self._pending.settle()
@@ -273,34 +260,6 @@ class KFAC(AlikeOptimizer):
         """Remove every hook and end the thread; the optimizer must not be used afterwards."""
         super().close()
         self._pending.close()
-
-    def _clear(self) -> None:
-        super()._clear()
-        self._adaptation.clear()
-
-    def _check_step(self) -> None:
-        if self._options["adaptive"]:
-            self._adaptation.batch()
-            if ranks_of(self._process_group) > 1:
-                raise RuntimeError("adaptive hyper-parameters know one process alone: leave it out")
-
-    def _write_all(self, directions: dict[Tensor, Tensor]) -> None:
-        wanted = self._options["adaptive"]
-        own = [group for group in self.param_groups if group["rule"] == self.rule]
-        if not wanted or not directions:
-            super()._write_all(directions)
-        elif wanted != ("damping",):
-            adapting.move(self._adaptation, own, directions, self.state, wanted)
-            for group in self.param_groups:
-                if group["rule"] != self.rule:
-                    self._write(group, directions)
-        elif adapting.is_time(self.state[next(iter(directions))], wanted):
-            before = {p: p.detach().clone() for p in directions}
-            gradients = {p: p.grad for p in directions if p.grad is not None}
-            super()._write_all(directions)
-            adapting.follow(self._adaptation, own, before, gradients)
-        else:
-            super()._write_all(directions)
 
     def _precondition(
         self, state: dict[str, Any], matrix: Tensor, recipe: Recipe, group: Group

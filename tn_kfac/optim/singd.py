@@ -204,37 +204,12 @@ class SINGD(FusedOptimizer):
     ) -> None:
         checks.number("init_grad_scale", init_grad_scale)
         checks.one_of("share_updates", share_updates, SHARING)
-        options = {
-            "lr": lr,
-            "momentum": momentum,
-            "damping": damping,
-            "alpha1": alpha1,
-            "weight_decay": weight_decay,
-            "T": T,
-            "loss_average": loss_average,
-            "lr_cov": lr_cov,
-            "structure": _given(structure, structures),
-            "kfac_approx": kfac_approx,
-            "fisher": fisher,
-            "kfac_like": kfac_like,
-            "preconditioner_dtype": preconditioner_dtype,
-            "normalize_lr_cov": normalize_lr_cov,
-            "nesterov": nesterov,
-            "average_momentum": average_momentum,
-            "decoupled_weight_decay": decoupled_weight_decay,
-            "precondition": precondition,
-            "exponent": exponent,
-            "graft": graft,
-            "update_rms": update_rms,
-            "kl_clip": kl_clip,
-            "warmup": warmup,
-            "init": init,
-            "factor_clip": factor_clip,
-            "curvature_fraction": curvature_fraction,
-            "fallback": fallback,
-            "fallback_lr": fallback_lr,
-            "fallback_weight_decay": fallback_weight_decay,
-        }
+        given = dict(locals())
+        apart = ("self", "model", "params", "warn_unsupported", "norms", "process_group",
+                 "reduce_dtype", "share_updates", "structures", "init_grad_scale",
+                 "__class__")  # fmt: skip
+        options = {key: value for key, value in given.items() if key not in apart}
+        options["structure"] = _given(structure, structures)
         self._fused = Fused()
         self._owners = Owners(share_updates, process_group, price)
         super().__init__(
