@@ -6,9 +6,7 @@ Run as `python sharing.py RANK RANKS FOLDER`; prints, for each trial, how far th
 import copy
 import warnings
 from collections.abc import Callable
-from contextlib import ExitStack
 from pathlib import Path
-from unittest.mock import patch
 
 import torch
 from fsdp import Grouped, full, sharded
@@ -18,6 +16,7 @@ from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_map
 
+from benchmarks.ranks import counted
 from tn_kfac import KFAC, SINGD, rank_costs
 from tn_kfac.optim import inverses
 
@@ -127,19 +126,7 @@ def predicted(rank: int, ranks: int, build, **options) -> float:
     x, y = batch(0)
     part = slice(4 * rank, 4 * rank + 4)
     backward(wrapped, optimizer, x[part].float(), y[part], 1.0, "mean")
-    sent = {"all_reduce": 0, "broadcast": 0}
-
-    def counted(name: str, call):
-        def counting(tensor, *args, **kwargs):
-            sent[name] += tensor.numel() * tensor.element_size()
-            return call(tensor, *args, **kwargs)
-
-        return counting
-
-    with ExitStack() as stack:
-        for name in sent:
-            call = counted(name, getattr(distributed, name))
-            stack.enter_context(patch.object(distributed, name, call))
+    with counted() as sent:
         optimizer.step()
     states = [s for p in model.parameters() if (s := optimizer.state[p]).get("updates")]
     held = {True: 0, False: 0}
