@@ -2,8 +2,8 @@
 
     python -m benchmarks.logged ResNet18: SGD=runs/a/csv/version_0/metrics.csv SINGD=…
 
-A word without "=" begins a row of pictures. Writes a picture, the numbers in it as JSON, and
-a page with the last validation of each run.
+A word with a colon after it begins a row of pictures. Writes a picture, the numbers in it as JSON,
+and a page with the last validation of each run.
 """
 
 from __future__ import annotations
@@ -28,16 +28,20 @@ def read(path: Path) -> Curves:
     """[step, value] of what is shown, as it was logged.
 
     Raises:
-        ValueError: If the file logs none of it.
+        ValueError: If the file does not log all of it.
     """
     with path.open(newline="") as lines:
         rows = list(csv.DictReader(lines))
-    curves = {
-        name: [[float(row["step"]), float(row[name])] for row in rows if row.get(name)]
-        for name in SHOWN
-    }
-    if not any(curves.values()):
-        raise ValueError(f"{path} logs none of {', '.join(SHOWN)}: give a run's metrics.csv")
+    try:
+        curves = {
+            name: [[float(row["step"]), float(row[name])] for row in rows if row.get(name)]
+            for name in SHOWN
+        }
+    except (KeyError, ValueError) as error:
+        raise ValueError(f"{path} is no metrics.csv of a run: {error}") from None
+    for name, points in curves.items():
+        if not points:
+            raise ValueError(f"{path} logs no {name}: give the metrics.csv of a run that has some")
     return curves
 
 
@@ -45,17 +49,22 @@ def panels(given: Sequence[str]) -> dict[str, dict[str, Curves]]:
     """Runs by panel and name, of words TITLE: and NAME=FILE.
 
     Raises:
-        ValueError: If a word is neither, or a run stands before the first title.
+        ValueError: If a word is neither, a run stands before the first title, or a title alone.
     """
     found: dict[str, dict[str, Curves]] = {}
     for word in given:
         name, is_run, path = word.partition("=")
+        if not is_run and not name.endswith(":"):
+            raise ValueError(f"{word!r} is neither a title, as in 'ResNet18:', nor NAME=FILE")
         if not is_run:
             found[name.removesuffix(":")] = {}
         elif not found:
             raise ValueError(f"{word!r} stands before the first title, as in 'ResNet18:'")
         else:
             list(found.values())[-1][name] = read(Path(path))
+    for title, runs in found.items():
+        if not runs:
+            raise ValueError(f"no run follows {title!r}: give NAME=FILE")
     return found
 
 
@@ -109,6 +118,8 @@ def main(arguments: Sequence[str]) -> int:
     default = ROOT / "benchmarks" / "results" / "glyphs.json"
     parser.add_argument("--output", type=Path, default=default)
     given: Any = parser.parse_args(arguments)
+    if given.output.suffix != ".json" or not given.output.parent.is_dir():
+        parser.error(f"--output {given.output} must be a .json file in a folder that exists")
     try:
         found = panels(given.runs)
     except (OSError, ValueError) as error:

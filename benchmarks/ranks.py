@@ -236,20 +236,34 @@ def mebibytes(count: float) -> str:
     return f"{count / 2**20:.4g} MiB"
 
 
+def positive(text: str) -> int:
+    """A number of something.
+
+    Raises:
+        ValueError: If it is not a positive integer.
+    """
+    number = int(text)
+    if number < 1:
+        raise ValueError(text)
+    return number
+
+
 def main(arguments: Sequence[str]) -> None:
     """Measure, and write both files after each number of ranks."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--ranks", type=positive, nargs="+", default=[1, 2])
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--model", choices=NETWORKS, default="resnet50")
-    parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--pixels", type=int, default=224)
+    parser.add_argument("--batch", type=positive, default=128)
+    parser.add_argument("--pixels", type=positive, default=224)
     parser.add_argument("--optimizers", nargs="+", choices=OPTIMIZERS, default=CHOSEN)
-    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--steps", type=positive, default=40)
     parser.add_argument("--no-fsdp", action="store_true")
     default = ROOT / "benchmarks" / "results" / "ranks.json"
     parser.add_argument("--output", type=Path, default=default)
     given = parser.parse_args(arguments)
+    if not given.output.parent.is_dir():
+        parser.error(f"--output {given.output}: there is no folder {given.output.parent}")
     settings = {key: value for key, value in vars(given).items() if key != "output"}
     document: Row = {"versions": versions(), "machine": machine(given.device),
                      "settings": settings, "rows": [], "lessons": {}}  # fmt: skip

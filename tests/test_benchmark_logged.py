@@ -30,8 +30,17 @@ def test_neighbours_are_averaged():
     assert logged.smooth([[0, 2], [2, 4], [4, 6]], 2) == [[1, 3], [4, 6]]
 
 
-@pytest.mark.parametrize("words", [["SGD={}"], ["Net:", "SGD={}.none"], ["Net:", "SGD={}.empty"]])
+@pytest.mark.parametrize(
+    "words",
+    [["SGD={}"], ["{}"], ["Net:"], ["Net:", "SGD={}.none"], ["Net:", "SGD={}.empty"],
+     ["Net:", "SGD={}.loss"], ["Net:", "SGD={}.words"]],
+)  # fmt: skip
 def test_refused(words, run, capsys):
+    """Before anything is written."""
     run.with_name("metrics.csv.empty").write_text("epoch,step\n0,1\n")
-    assert logged.main([word.format(run) for word in words]) == 2
+    run.with_name("metrics.csv.loss").write_text("step,train/loss\n0,1\n")
+    run.with_name("metrics.csv.words").write_text("train/loss,val/top1\nno,1\n")
+    output = run.with_name("runs.json")
+    assert logged.main([*(word.format(run) for word in words), "--output", str(output)]) == 2
+    assert not output.exists()
     assert "benchmarks.logged: " in capsys.readouterr().err

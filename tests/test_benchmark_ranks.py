@@ -22,3 +22,11 @@ def test_two_ranks(tmp_path):
     assert lessons["fsdp"] == pytest.approx(lessons["ddp"], rel=1e-5)
     assert lessons["ddp"][-1] < lessons["ddp"][0]
     assert "| SINGD | 2 |" in output.with_suffix(".md").read_text()
+
+
+@pytest.mark.parametrize("wrong", [["--ranks", "0"], ["--steps", "x"], ["--output", "/no/x.json"]])
+def test_refused(wrong, capsys):
+    """By the name of the argument."""
+    with pytest.raises(SystemExit):
+        ranks.main(["--device", "cpu", *wrong])
+    assert f"{wrong[0]}" in capsys.readouterr().err

@@ -168,6 +168,9 @@ def test_second_moments(digits, structure, ekfac, lag):
             moments = torch.diagonal(turned @ torch.diag(moments.flatten()) @ turned.T)
             moments = moments.reshape(7, 65)
             values = moments / weight
+        elif ekfac == "ema":  # the first gradient's, in the first basis
+            moments, weight = 0.3 * (new[1].T @ gradient @ new[0]).square(), 0.3
+            values = moments / weight
         else:
             values = state["G_values"][0][:, None] * state["A_values"][0][None, :]
         bases = new
@@ -291,3 +294,23 @@ def test_intervals_may_be_callables(digits):
     optimizer = KFAC(model, **PLAIN, T_inverse=lambda step: waits[step], damping=1.0)
     train(model, optimizer, digits, range(12))
     assert optimizer.state[model[1].weight]["refresh"] == 109
+
+
+@pytest.mark.parametrize("batch", [1, 4, 32])
+def test_first_step_in_a_new_basis_has_moments(batch):
+    """Kronecker eigenvalues alone would divide rounding noise by rounding noise."""
+    torch.manual_seed(1)
+    layers = [nn.Linear(6, 6) for _ in range(4)]
+    model = nn.Sequential(*layers, nn.LayerNorm(6), nn.Linear(6, 3))
+    before = [p.detach().clone() for p in model.parameters()]
+    optimizer = KFAC(
+        model, lr=1e-2, inverse="qr", ekfac="ema", exponent=0.5, damping=1e-16, kl_clip=None,
+        precondition="momentum", average_momentum=True, nesterov=True, fallback="adamw",
+        warn_unsupported=False,
+    )  # fmt: skip
+    with torch.autocast("cpu", torch.bfloat16):
+        outputs = model(torch.randn(batch, 6)).float()
+    (outputs - torch.randn(batch, 3)).square().mean().backward()
+    optimizer.step()
+    moved = [(p - q).abs().max().item() for p, q in zip(model.parameters(), before, strict=True)]
+    assert 0 < max(moved) < 0.05

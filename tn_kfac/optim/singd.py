@@ -60,9 +60,9 @@ class SINGD(FusedOptimizer):
     without inversion (https://arxiv.org/abs/2312.05705, Figure 4). Grouped convolutions have one
     exact pair of factors per channel group, each with its own traces.
 
-    By default G is the gradients' momentum, Nesterov's, and each layer's update gets the root
-    mean square 0.2 that AdamW's have, times lr: so rates are much the same in all networks, and
-    factors are new in every step. The published method differs in these options alone:
+    By default G is the gradients' momentum, Nesterov's, factors are new in every step, and each
+    layer's update gets a root mean square of 0.2 lr, whatever the gradients' size. The published
+    method differs in these options, in its dense structure, and has no `factor_clip` (None):
 
     >>> SINGD(model, lr=1e-3, T=10, lr_cov=1e-2, update_rms=None, precondition="gradient",
     ...       nesterov=False, fallback="sgd")
@@ -122,8 +122,9 @@ class SINGD(FusedOptimizer):
         graft: Take the length of each layer's update from "sgd" (the gradient's norm) or "adamw"
             (the norm of g / (√v̂ + ε); momentum then averages), so that a learning rate tuned
             for it carries over (https://arxiv.org/abs/2002.11803).
-        update_rms: Or give each layer's update this root mean square, times lr: AdamW's is about
-            0.2, whose rates carry over then; None: what preconditioning makes of it.
+        update_rms: Or give each layer's update this root mean square, times lr. AdamW's falls from
+            1 to about 0.2, so rates of its long runs carry over, and short ones want larger rates.
+            None: what preconditioning makes of it.
         kl_clip: κ: shrink a group's update by min(1, √(κ / |lr² Σ ⟨update, gradient⟩|)).
         warmup: First steps, in which factors form but gradients are followed as they are.
         init: Factors start at the "identity", or at the first batch's "curvature".
