@@ -74,7 +74,7 @@ def test_every_parameter_is_trained(name, norms):
     model, inputs = MODELS[name]()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        optimizer = SINGD(model, lr=1e-3, T=1, damping=0.1, norms=norms)
+        optimizer = SINGD(model, lr=1.0, T=1, damping=0.1, norms=norms)
     said = [str(w.message) for w in caught if "without Kronecker factors" in str(w.message)]
     assert len(said) == (name in WARNED and (norms or name != "convnext_tiny"))
     assert all(re.search(WARNED[name], text) for text in said)
@@ -82,12 +82,12 @@ def test_every_parameter_is_trained(name, norms):
     outputs = model(*inputs)
     (outputs - torch.randn_like(outputs)).square().mean().backward()
     given = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
-    used = {n for n, gradient in given.items() if gradient.abs().max() > 1e-12}
+    used = {n for n, gradient in given.items() if gradient.abs().max() > 1e-15}
     optimizer.step()
     after = dict(model.named_parameters())
     assert all(torch.isfinite(p).all() for p in after.values())
     assert used <= {n for n, p in after.items() if not torch.equal(p, before[n])}
-    assert len(used) >= 0.85 * len(before)  # batch statistics of few pixels leave no gradient
+    assert len(used) >= 0.9 * len(before)  # batch statistics of few pixels leave no gradient
     held = {p for group in optimizer.param_groups for p in group["params"]}
     assert held == set(model.parameters())
     optimizer.close()

@@ -221,7 +221,8 @@ def set_lengths(table, rms, BLOCK: tl.constexpr):
         i = first + tl.arange(0, BLOCK)
         total += tl.load(squares + i, mask=i < count, other=0.0)
     norm = tl.sqrt(tl.sum(total, axis=0))
-    norm = tl.where(norm < 1.0842021724855044e-19, 1.0842021724855044e-19, norm)  # keeps NaN
+    # At least 2⁻⁶³, the root of the least normal number, as `tn_kfac.optim.updates` has; keeps NaN.
+    norm = tl.where(norm < 1.0842021724855044e-19, 1.0842021724855044e-19, norm)
     length = rms * tl.sqrt(tl.load(layer + 2).to(tl.float32))
     tl.store(_pointer(layer, 3, tl.float32), length / norm)
 

@@ -206,9 +206,8 @@ class SINGD(FusedOptimizer):
         checks.number("init_grad_scale", init_grad_scale)
         checks.one_of("share_updates", share_updates, SHARING)
         given = dict(locals())
-        apart = ("self", "model", "params", "warn_unsupported", "norms", "process_group",
-                 "reduce_dtype", "share_updates", "structures", "init_grad_scale",
-                 "__class__")  # fmt: skip
+        apart = ("self", "model", "params", "warn_unsupported", "norms", "process_group", "__class__",
+                 "reduce_dtype", "share_updates", "structures", "init_grad_scale")  # fmt: skip
         options = {key: value for key, value in given.items() if key not in apart}
         options["structure"] = _given(structure, structures)
         self._fused = Fused()
