@@ -205,10 +205,10 @@ class SINGD(FusedOptimizer):
     ) -> None:
         checks.number("init_grad_scale", init_grad_scale)
         checks.one_of("share_updates", share_updates, SHARING)
-        given = dict(locals())
-        apart = ("self", "model", "params", "warn_unsupported", "norms", "process_group", "__class__",
-                 "reduce_dtype", "share_updates", "structures", "init_grad_scale")  # fmt: skip
-        options = {key: value for key, value in given.items() if key not in apart}
+        apart = {"self", "model", "params", "warn_unsupported", "norms", "process_group", "apart",
+                 "reduce_dtype", "share_updates", "structures", "init_grad_scale"}  # fmt: skip
+        given = dict(locals()).items()
+        options = {key: value for key, value in given if key not in apart and key != "__class__"}
         options["structure"] = _given(structure, structures)
         self._fused = Fused()
         self._owners = Owners(share_updates, process_group, price)
